@@ -1,0 +1,140 @@
+"""The program as a user meets it: runs, files, bad input."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt2
+from conftest import ROOT, TINY_RUN
+from train_gpt2 import GPT, TrainConfig, UserError, load_checkpoint, main, parse_flags
+
+STEP_LINE = re.compile(
+    r" +(\d+)/(\d+) \| loss \d+\.\d+ \| lr \S+ \| norm \d+\.\d+ \| \d+\.\d+ ms \| \d+ tok/s \| \d+m\d\ds left")
+
+
+def test_a_run_from_start_to_samples(cli, text, tmp_path):
+    done = cli(*TINY_RUN, "--data", text)
+    assert done.returncode == 0, done.stderr
+    lines = [m for line in done.stdout.splitlines() if (m := STEP_LINE.fullmatch(line))]
+    assert [(m[1], m[2]) for m in lines] == [(str(k), "4") for k in (1, 2, 3, 4)]
+    records = [line.split() for line in (tmp_path / "log" / "log.txt").read_text().splitlines()]
+    assert [(step, stream) for step, stream, _ in records] == [
+        ("0", "val"), ("1", "train"), ("2", "train"), ("2", "val"), ("3", "train"), ("4", "train"), ("4", "val")]
+    assert all(5 < float(value) < 12 for _, _, value in records)
+    assert done.stdout.count("--- sample 1 of 2\nROMEO:\n") == 1 and "--- sample 2 of 2\nROMEO:\n" in done.stdout
+    assert (tmp_path / "log" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert torch.load(tmp_path / "log" / "ckpt.pt", weights_only=True)["step"] == 4
+    assert GPT.from_pretrained(tmp_path / "log" / "model").config.n_embd == 32
+    assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["ckpt.pt", "log.txt", "loss.png", "model"]
+
+    again = cli(*TINY_RUN, "--data", text)
+    assert again.returncode == 1 and "--init_from resume" in again.stderr and "--overwrite" in again.stderr
+    assert cli(*TINY_RUN, "--data", text, "--overwrite").stdout.count(" val loss ") == 3
+
+    only_samples = cli("--init_from=resume", "--max_steps=0", "--num_samples=1", "--prompt=", "--temperature=0")
+    assert only_samples.returncode == 0 and "--- sample\n<|endoftext|>" in only_samples.stdout
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, optimizer):
+    monkeypatch.chdir(tmp_path)
+    # 2 micro-steps each, and more steps than an epoch has batches: 40,000 characters are about 12,000 tokens
+    flags = [*TINY_RUN, "--data", str(text), "--optimizer", optimizer, "--batch_size=32", "--total_batch_size=1024",
+             "--max_steps=24", "--save_every=5", "--eval_every=6", "--num_samples=0"]
+    assert main([*flags, "--out_dir=whole"]) == 0
+    save_checkpoint = train_gpt2.save_checkpoint
+
+    def killed_after_step_15(path, **state):
+        save_checkpoint(path, **state)
+        if state["step"] == 15:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt2, "save_checkpoint", killed_after_step_15)
+    assert main([*flags, "--out_dir=parts"]) == 130
+    with open("parts/log.txt", "a") as f:
+        f.write("16 train 1.0\n")  # as if the run had got further than its checkpoint
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert main(["--init_from=resume", "--out_dir=parts"]) == 0
+    assert Path("parts/log.txt").read_text() == Path("whole/log.txt").read_text()
+    whole, parts = (load_checkpoint(Path(name) / "ckpt.pt") for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 24 and whole["position"] == parts["position"]
+    for key in ("model", "optimizers"):
+        torch.testing.assert_close(whole[key], parts[key], atol=0, rtol=0)
+
+    with pytest.raises(UserError, match="--n_layer 3 contradicts parts/ckpt.pt, which was made with 2"):
+        train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--n_layer=3"]))
+    with pytest.raises(UserError, match="--seed 2 contradicts parts/ckpt.pt, which was made with 1337"):
+        train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--seed=2"]))
+    assert main(["--init_from=resume", "--out_dir=parts", "--max_steps=26", "--max_lr=1e-4", "--min_lr=1e-5"]) == 0
+    assert load_checkpoint(Path("parts/ckpt.pt"))["step"] == 26
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--batchsize=3"], "no flag --batchsize=3; did you mean --batch_size?"),
+    (["--batch=3"], "no flag --batch=3"),
+    (["--max_steps=many"], "invalid int value: 'many'"),
+    (["--optimizer=sgd"], "invalid choice: 'sgd'"),
+    (["--n_embd=100", "--n_head=3"], "--n_embd 100 is not a multiple of --n_head 3"),
+    (["--n_layer=0"], "--n_layer must be a number of at least 1, not 0"),
+    (["--temperature=-1"], "--temperature must be a number of at least 0, not -1.0"),
+    (["--top_k=0"], "--top_k must be a number of at least 1, not 0"),
+    (["--model=gpt3"], "there is no --model gpt3"),
+    (["--device=cuda:99"], "--device cuda:99 cannot be used"),
+    (["--device=abacus"], "--device abacus cannot be used"),
+    (["--data=nowhere.txt"], "nowhere.txt cannot be read"),
+    (["--data=."], "cannot be read"),
+    (["--data=empty.txt"], "empty.txt is too short"),
+    (["--data=short.txt"], "short.txt is too short"),
+    (["--data=latin1.txt"], "latin1.txt is not a UTF-8 text"),
+    (["--total_batch_size=1000"], "--total_batch_size 1000 is not a multiple of --batch_size 4 x --sequence_length 16"),
+    (["--sequence_length=64"], "--sequence_length 64 is over the model's block_size 32"),
+    (["--vocab_size=300"], "--vocab_size is 300"),
+    (["--init_from=pretrained", "--model=folder"], "config.json"),
+    (["--init_from=pretrained", "--model=nobody/nothing"], "nobody/nothing"),
+    (["--init_from=resume"], "no checkpoint log/ckpt.pt"),
+])
+def test_bad_input_gets_one_sentence(cli, text, tmp_path, flags, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("To be, or not to be.")
+    (tmp_path / "latin1.txt").write_bytes("Zoë".encode("latin1") * 100)
+    (tmp_path / "folder").mkdir()
+    if flags[0] == "--init_from=pretrained":
+        done = cli("--device=cpu", *flags)
+    else:
+        done = cli(*TINY_RUN, "--data", text, *flags)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 3
+    assert not (tmp_path / "log").exists()
+
+
+def test_help_explains_every_knob(cli):
+    out = " ".join(cli("--help").stdout.split())
+    for flag in ("--model", "--n_embd", "--temperature", "--compile, --no-compile", "--top_k"):
+        assert flag in out
+    assert "sequences in one micro-step of one process (default:" in out
+    assert "attention heads in a block" in out
+
+
+def test_flags_are_the_fields():
+    given, shape = parse_flags(["--max_steps", "7", "--no-compile", "--max_lr=0.5", "--n_layer=3", "--optimizer=adamw"])
+    assert given == dict(max_steps=7, compile=False, max_lr=0.5, optimizer="adamw") and shape == dict(n_layer=3)
+    assert TrainConfig(**given).max_steps == 7
+
+
+def test_a_long_prompt_is_cut_with_a_warning(cli):
+    done = cli("--n_layer=1", "--n_embd=32", "--n_head=1", "--block_size=8", "--max_steps=0", "--num_samples=1",
+               "--max_new_tokens=3", "--prompt", "one two three four five six seven eight nine ten", "--device=cpu")
+    assert done.returncode == 0
+    assert "warning: of the prompt's 10 tokens the model sees the last 8" in done.stdout
+    assert "--- sample\n three four" in done.stdout
+
+
+def test_importing_runs_nothing():
+    code = "import sys, train_gpt2; assert not {'transformers', 'tiktoken', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

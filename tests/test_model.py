@@ -1,0 +1,203 @@
+"""The model against GPT-2's known numbers and against itself."""
+import math
+
+import pytest
+import torch
+
+from conftest import NANO
+from train_gpt2 import EOT, GPT, GPTConfig, MODELS, N_TOKENS, UserError
+
+
+def meta_gpt(**shape):
+    with torch.device("meta"):
+        return GPT(GPTConfig(**shape))
+
+
+def count(params):
+    return sum(p.numel() for p in params)
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
+def test_parameter_counts(name, expected):
+    assert count(meta_gpt(**MODELS[name]).parameters()) == expected
+
+
+def test_gpt_config_defaults_are_gpt2_124m():
+    assert GPTConfig() == GPTConfig(**MODELS["gpt2"])
+    assert count(meta_gpt(vocab_size=50304).parameters()) == 124_475_904
+
+
+def test_decay_groups_of_gpt2():
+    decayed, not_decayed = meta_gpt().configure_optimizers("adamw", 0.1, 6e-4, "cuda")[0].param_groups
+    assert (len(decayed["params"]), count(decayed["params"]), decayed["weight_decay"]) == (50, 124_318_464, 0.1)
+    assert (len(not_decayed["params"]), count(not_decayed["params"]), not_decayed["weight_decay"]) == (98, 121_344, 0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizers_hold_every_parameter_once(optimizer):
+    model = GPT(GPTConfig(**NANO, vocab_size=101))
+    optimizers = model.configure_optimizers(optimizer, 0.1, 1e-3, "cpu")
+    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert [type(o).__name__ for o in optimizers] == (["AdamW"] if optimizer == "adamw" else ["AdamW", "Muon"])
+    if optimizer == "muon":
+        muon = {id(p) for p in optimizers[1].param_groups[0]["params"]}
+        assert muon == {id(p) for n, p in model.named_parameters() if ".h." in n and n.endswith("weight") and p.dim() > 1}
+
+
+def test_shapes_and_tying():
+    model = GPT(GPTConfig(**NANO, vocab_size=101))
+    idx = torch.randint(101, (3, 7))
+    logits, loss = model(idx)
+    assert logits.shape == (3, 7, 101) and loss is None
+    logits, loss = model(idx, idx)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten())
+    assert torch.equal(loss, expected)
+    assert model.transformer.wte.weight is model.lm_head.weight
+
+
+def test_initialization():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=256, vocab_size=5000, block_size=512))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(p.mean().item()) < std / 50, name
+        else:
+            assert torch.all(p == float("ln_" in name and name.endswith("weight"))), name
+
+
+def test_first_loss_is_that_of_guessing():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, block_size=64))  # GPT-2's width and full vocabulary
+    x, y = torch.randint(N_TOKENS, (2, 2, 64))
+    assert 10.7 < model(x, y)[1].item() < 11.1
+
+
+def test_causality():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**NANO, vocab_size=101))
+    idx = torch.randint(101, (1, 20))
+    changed = idx.clone()
+    changed[0, 12] = (idx[0, 12] + 1) % 101
+    before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert (before[:, 12:] - after[:, 12:]).abs().amax(-1).min() > 1e-6
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**NANO, vocab_size=101))
+    x, y = torch.randint(101, (2, 4, 16))
+    optimizers = model.configure_optimizers("adamw", 0.0, 1e-2, "cpu")
+    for _ in range(60):
+        loss = model(x, y)[1]
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_too_long_a_sequence_names_both_lengths():
+    with pytest.raises(AssertionError, match="33 positions, but block_size is 32"):
+        GPT(GPTConfig(**NANO, vocab_size=101))(torch.zeros(1, 33, dtype=torch.long))
+
+
+@pytest.mark.parametrize("shape", [dict(n_embd=100, n_head=3), dict(n_layer=0), dict(block_size=-1)])
+def test_impossible_shapes(shape):
+    with pytest.raises(UserError, match=next(iter(shape))):
+        GPTConfig(**shape)
+
+
+# Sampling
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**NANO, vocab_size=101))
+    for name, p in model.named_parameters():  # so that the blocks, not the tied embedding, say which token is likely
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.5 if ".h." in name else 0.2)
+    assert len(model.generate(torch.zeros(1, 1, dtype=torch.long), 60, temperature=0).unique()) > 10
+    return model
+
+
+@torch.no_grad()
+def generate_without_cache(model, idx, n):
+    """Greedy; when the context is full it goes on from the newest half, as generate says it does."""
+    context = idx
+    for _ in range(n):
+        if context.size(1) > model.config.block_size:
+            context = context[:, -(model.config.block_size // 2):]
+        new = model(context)[0][:, -1].argmax(-1, keepdim=True)
+        idx, context = torch.cat((idx, new), 1), torch.cat((context, new), 1)
+    return idx
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_with_cache_equals_without_past_block_size(model, dtype):
+    idx = torch.randint(101, (3, 5))
+    out = model.to(dtype).generate(idx, 80, temperature=0)
+    assert out.shape == (3, 85)
+    if dtype == torch.float32:
+        assert torch.equal(out, generate_without_cache(model, idx, 80))
+    assert torch.equal(out[:1], model.generate(idx[:1], 80, temperature=0))  # a row does not depend on its neighbours
+
+
+@torch.no_grad()
+def test_cached_logits_equal_uncached_at_every_position(model):
+    from train_gpt2 import KVCache
+    idx = torch.randint(101, (2, 32))
+    full = model(idx)[0]
+    for chunks in [1] * 32, [5] + [1] * 27, [10, 12, 10]:  # token by token, after a prompt, several at a time
+        cache, start = [KVCache(32) for _ in model.transformer.h], 0
+        for n in chunks:
+            logits = model(idx[:, start:start + n], cache=cache)[0]
+            start += n
+            torch.testing.assert_close(logits[:, 0], full[:, start - 1], atol=1e-5, rtol=1e-5)
+
+
+def test_long_prompt_is_cut_to_its_newest_tokens(model):
+    idx = torch.randint(101, (1, 50))
+    assert torch.equal(model.generate(idx, 3, temperature=0)[:, 50:], model.generate(idx[:, -32:], 3, temperature=0)[:, 32:])
+
+
+def test_seed_temperature_and_top_k(model):
+    idx = torch.zeros(4, 1, dtype=torch.long)
+
+    def draws(seed, **kwargs):
+        return model.generate(idx, 20, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+    assert torch.equal(draws(1), draws(1)) and not torch.equal(draws(1), draws(2))
+    assert torch.equal(draws(1, top_k=1), model.generate(idx, 20, temperature=0))
+    assert torch.equal(draws(1, top_k=1000), draws(1))
+    assert torch.equal(draws(1, temperature=1e-4), model.generate(idx, 20, temperature=0))
+
+
+def test_draws_follow_the_softmax_of_the_top_k(model):
+    from train_gpt2 import draw
+    logits = torch.tensor([2.0, -1.0, 1.0, 0.5])
+    draws = draw(logits.expand(40_000, 4), 2.0, 3, torch.Generator().manual_seed(0)).flatten()
+    kept = torch.tensor([2.0, -math.inf, 1.0, 0.5])
+    torch.testing.assert_close(draws.bincount(minlength=4) / 40_000, torch.softmax(kept / 2, 0), atol=0.01, rtol=0)
+
+
+def test_padding_rows_are_never_drawn():
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=50304))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[N_TOKENS:] = 100.0  # all the padding rows beat all others by far, for any positive input
+        model.transformer.ln_f.bias.fill_(1.0)
+    out = model.generate(torch.full((8, 1), EOT), 10, temperature=1.0)
+    assert out.max() < N_TOKENS
+    assert model.generate(torch.full((1, 1), EOT), 3, temperature=0).max() < N_TOKENS
+
+
+def test_on_token_sees_every_token_and_stops(model):
+    seen = []
+    out = model.generate(torch.zeros(1, 1, dtype=torch.long), 20, on_token=lambda t: seen.append(t) or len(seen) == 5)
+    assert torch.equal(out[:, 1:], torch.cat(seen, 1)) and out.shape == (1, 6)

