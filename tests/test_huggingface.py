@@ -96,3 +96,105 @@ def test_broken_folders(hf_model, tmp_path):
 def test_no_such_model_says_how_to_give_a_folder():
     with pytest.raises(UserError, match="no-such-model.*local folder"):
         GPT.from_pretrained("no-such-model")
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(n_layer=1), dict(vocab_size=50257, n_positions=64)])
+def test_greedy_and_seeded_samples_equal_those_of_transformers(hf_model, tmp_path, settings):
+    theirs = hf_model(**settings)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    V, n = theirs.config.vocab_size, theirs.config.n_positions - 5
+    idx = torch.randint(V, (3, 5))
+    kwargs = dict(max_new_tokens=n, min_new_tokens=n, attention_mask=torch.ones_like(idx), pad_token_id=0)
+    assert torch.equal(ours.generate(idx, n, temperature=0), theirs.generate(idx, do_sample=False, **kwargs))
+    for temperature, top_k in (1.0, 50), (0.7, 5):
+        torch.manual_seed(7)
+        expected = theirs.generate(idx, do_sample=True, temperature=temperature, top_k=top_k, **kwargs)
+        generator = torch.Generator().manual_seed(7)
+        assert torch.equal(ours.generate(idx, n, temperature, top_k, generator), expected)
+
+
+# Saving
+
+
+def test_saved_model_loads_in_transformers_and_here(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=50304))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert theirs.config.vocab_size == 50257 and theirs.lm_head.weight is theirs.transformer.wte.weight
+    idx = torch.randint(50257, (2, 32))
+    torch.testing.assert_close(model(idx)[0][..., :50257], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    ours = GPT.from_pretrained(tmp_path / "model").state_dict()
+    for k, v in model.state_dict().items():
+        assert torch.equal(ours[k], v[:50257] if k in ("lm_head.weight", "transformer.wte.weight") else v), k
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("Hello, I'm a language model,")["input_ids"] == [
+        15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert pipeline("text-generation", str(tmp_path / "model"))("Hello", max_new_tokens=3)[0]["generated_text"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_what_was_loaded_gives_it_back_bit_for_bit(hf_model, tmp_path, dtype):
+    hf_model().to(dtype).save_pretrained(tmp_path / "theirs")
+    first = GPT.from_pretrained(tmp_path / "theirs")
+    first.save_pretrained(tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    for k in theirs:
+        assert ours[k].dtype == dtype and torch.equal(theirs[k], ours[k]), k
+
+
+def test_finetuned_model_loads_in_transformers(hf_model, tmp_path, text, cli):
+    from transformers import AutoModelForCausalLM
+    hf_model(vocab_size=50257, n_positions=32).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    done = cli("--init_from=pretrained", f"--model={tmp_path / 'base'}", "--data", text, "--batch_size=2",
+               "--sequence_length=32", "--total_batch_size=64", "--max_steps=3", "--num_samples=0", "--no-compile")
+    assert done.returncode == 0, done.stderr
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "log" / "model")
+    ours = GPT.from_pretrained(tmp_path / "log" / "model")
+    idx = torch.randint(50257, (2, 32))
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    before = load_file(tmp_path / "base" / "model.safetensors")["transformer.wpe.weight"]
+    after = ours.transformer.wpe.weight
+    assert after.dtype == torch.float32 and 0 < (before - after).abs().max() < 0.1  # trained, in float32, from there
+
+
+def test_saving_never_leaves_half_a_model(tmp_path, monkeypatch):
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=101))
+    model.save_pretrained(tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as m, torch.no_grad():
+        m.setattr("safetensors.torch.save_file", full_disk)
+        model.transformer.wpe.weight.zero_()
+        with pytest.raises(UserError, match="No space left on device"):
+            model.save_pretrained(tmp_path / "model")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        model.save_pretrained(tmp_path / "file")
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "monday.txt").write_text("")
+    with pytest.raises(UserError, match="diary holds other files"):
+        model.save_pretrained(tmp_path / "diary")
+    assert (tmp_path / "diary" / "monday.txt").exists()
+
+
+def test_weights_that_are_not_numbers_load_with_a_warning(hf_model, tmp_path, capsys):
+    hf_model().save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda sd: sd["transformer.h.0.mlp.c_fc.bias"].fill_(torch.nan))
+    assert torch.isnan(GPT.from_pretrained(tmp_path).transformer.h[0].mlp.c_fc.bias).all()
+    assert "warning" in (out := capsys.readouterr().out) and "h.0.mlp.c_fc.bias" in out
