@@ -21,18 +21,23 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
-import tempfile
 import time
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -76,7 +81,7 @@ class TrainConfig:
     """One run; the defaults train the laptop model. Raises UserError for a value that cannot be."""
     model: str = "nano"  # nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl; with pretrained also a model id or a folder
     init_from: Literal["scratch", "pretrained", "resume"] = "scratch"  # random weights, HuggingFace's, out_dir's
-    data: str = "input.txt"  # the corpus: a UTF-8 text file
+    data: str = "input.txt"  # the corpus: a UTF-8 text, a token file (.npy, .bin) or a folder of token shards
     out_dir: str = "log"  # folder of log.txt, ckpt.pt, loss.png and model/
     overwrite: bool = False  # start from scratch although out_dir holds a checkpoint
 
@@ -94,6 +99,7 @@ class TrainConfig:
     eval_every: int = 150  # steps between validation losses, each with a short sample; 0: never
     eval_batches: int = 0  # batches of B x T in a validation loss; 0: the whole validation split
     save_every: int = 150  # steps between checkpoints, beside the one at the end; 0: none at all
+    hellaswag: str = ""  # path of a HellaSwag .jsonl file, scored with every validation loss; empty: none
     log_every: int = 25  # steps between lines on the console and in log.txt; 0: none
 
     prompt: str = "ROMEO:\n"  # text that the samples go on from; empty: <|endoftext|>
@@ -448,19 +454,38 @@ GPT2_SETTINGS = {  # of HuggingFace's config.json, with the values that our GPT 
 
 
 @contextmanager
+def whole_file(path):
+    """Gives a temporary file to write to, which takes path's place at the end; on an error nothing changes."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())  # on the disk before the rename, or a power cut could leave an empty file of that name
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def whole_folder(folder):
     """Gives a temporary folder to write to, which takes folder's place at the end; on an error nothing changes."""
     try:
         if folder.exists() and {p.name for p in folder.iterdir()} - EXPORTED_FILES:
             raise UserError(f"{folder} holds other files than an exported model's; give another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
-            new, old = Path(temporary) / "new", Path(temporary) / "old"
-            new.mkdir()
+        new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+        for leftover in new, old:
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
             yield new
             if folder.exists():
                 folder.rename(old)  # a folder that is not empty cannot be renamed over
             new.rename(folder)
+        finally:
+            for leftover in new, old:
+                shutil.rmtree(leftover, ignore_errors=True)
     except OSError as e:
         raise UserError(f"cannot write the model to {folder}: {e.strerror or e}") from e
 
@@ -500,51 +525,154 @@ def get_tokenizer():
                         f"brings it ({first_line(e)})") from e
 
 
-def load_tokens(path, split):
-    """path: a UTF-8 text file; split: train, its first 90 %, or val, the last 10 % (by characters) -> (N,) uint16."""
+def load_tokens(path, split, out_dir):
+    """
+    path: a UTF-8 text (split by characters), a token file (split by tokens), or a folder of token files (those for
+    validation have val in their names); split: train, the first 90 %, or val, the last 10 %; out_dir: where a large
+    text's tokens are kept -> list of (N,) uint16 arrays. Raises UserError if there is nothing like that.
+    """
+    path = Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        if path.is_dir():
+            files = [p for p in sorted(path.iterdir()) if p.suffix in (".npy", ".bin")]
+            if not (files := [p for p in files if ("val" in p.name) == (split == "val")]):
+                having = "with" if split == "val" else "without"
+                raise UserError(f"--data {path} has no token shards for the {split} split: looked for .npy and .bin "
+                                f"files {having} val in their names")
+            return [open_shard(p) for p in files]
+        if path.suffix in (".npy", ".bin"):
+            tokens = open_shard(path)
+            cut = int(0.9 * len(tokens))
+            return [tokens[:cut] if split == "train" else tokens[cut:]]
+        return [tokenize(path, split, out_dir)]
     except UnicodeDecodeError as e:
         raise UserError(f"--data {path} is not a UTF-8 text: {e}") from e
     except OSError as e:
-        raise UserError(f"--data {path} cannot be read: {e.strerror}") from e
-    cut = int(0.9 * len(text))
-    enc = get_tokenizer()
-    return np.array(enc.encode(text[:cut] if split == "train" else text[cut:], allowed_special="all"), dtype=np.uint16)
+        raise UserError(f"--data {path} cannot be read: {e.strerror or e}") from e
+
+
+SHARD_MAGIC = 20240520  # the first of the 256 int32 before the tokens; then come the version, 1, and their number
+
+
+def open_shard(path):
+    """
+    path: a token file -> (N,) uint16, memory-mapped. It is a .npy (build-nanogpt), a .bin with a header of 256 int32
+    (llm.c, modded-nanogpt), or a train.bin or val.bin without header (nanoGPT). Raises UserError if it is none.
+    """
+    try:
+        if path.suffix == ".npy":
+            tokens = np.lib.format.open_memmap(path, mode="r")
+            if tokens.dtype != np.uint16 or tokens.ndim != 1:
+                raise ValueError(f"it has the shape {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
+            return tokens
+        header = np.fromfile(path, dtype="<i4", count=256)
+        if len(header) == 256 and header[0] == SHARD_MAGIC and header[1] == 1:
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=header.nbytes)
+            if len(tokens) != header[2]:
+                raise ValueError(f"its header says {header[2]} tokens, but it holds {len(tokens)}")
+            return tokens
+        if path.name not in ("train.bin", "val.bin"):
+            raise ValueError(f"it begins with {header[:2].tolist()}, not with {[SHARD_MAGIC, 1]}, and only train.bin "
+                             "and val.bin may lack that header")
+        return np.memmap(path, dtype="<u2", mode="r")
+    except ValueError as e:
+        raise UserError(f"{path} is not a token file: {first_line(e)}") from e
+
+
+PIECE = 2**20  # characters that are tokenized at once
+TEXT_IN_MEMORY = 2**26  # bytes; the tokens of a larger text are kept in a file
+
+
+def tokenize(path, split, out_dir):
+    """-> (N,) uint16, the tokens of the split's part of a text. Those of a large text are written to a token file in
+    out_dir, once as long as the text does not change; rank 0 writes it and the others wait for it."""
+    stat = path.stat()
+    large = stat.st_size > TEXT_IN_MEMORY
+    target = out_dir / f"{path.stem}-{zlib.crc32(f'{path.resolve()} {stat}'.encode()):08x}-{split}.bin"
+    while large and RANK > 0 and not target.exists():
+        time.sleep(1)
+    if large and target.exists():
+        return open_shard(target)
+    with open(path, encoding="utf-8") as f:
+        n = sum(len(piece) for piece in iter(lambda: f.read(PIECE), ""))  # characters
+    begin, end = (0, int(0.9 * n)) if split == "train" else (int(0.9 * n), n)
+    enc, pieces = get_tokenizer(), text_pieces(path, begin, end)
+    arrays = (np.array(enc.encode(piece, allowed_special="all"), dtype="<u2") for piece in pieces)
+    if not large:
+        return np.concatenate([*arrays, np.zeros(0, dtype="<u2")])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as f:
+        f.seek(1024)
+        count = 0
+        for array in progress(arrays, f"tokenizing for {split}", total=math.ceil((end - begin) / PIECE)):
+            array.tofile(f)
+            count += len(array)
+        f.seek(0)
+        np.array([SHARD_MAGIC, 1, count] + [0] * 253, dtype="<i4").tofile(f)
+    return open_shard(target)
+
+
+def text_pieces(path, begin, end):
+    """Yields the characters from begin to end of a text in pieces. A piece ends behind a word and before white space,
+    which no token of GPT-2 spans, so that the pieces have the same tokens as the whole."""
+    with open(path, encoding="utf-8") as f:
+        while begin > 0:
+            begin, end = begin - (n := len(f.read(min(PIECE, begin)))), end - n
+        text = ""
+        while end > 0 and (more := f.read(min(PIECE, end))):
+            text, end = text + more, end - len(more)
+            words = [m.end() - 1000 for m in re.finditer(r"\S(?=[ \n])", text[-1000:].rjust(1000))]
+            cut = len(text) + words[-1] if words and end else len(text)
+            yield text[:cut]
+            text = text[cut:]
 
 
 class DataLoaderLite:
     """
-    Batches of token windows, in an order that depends on the seed and the position alone: an epoch holds every window
-    of T tokens once, shuffled, and starts at another offset than the last; without a seed the order is the text's.
-    The whole state is `position`, the number of windows that all processes together have taken.
+    Batches of windows of T tokens, in an order that depends on the seed and the position alone. An epoch holds every
+    window of every shard once: the shards shuffled, the windows shuffled within each, at another offset than in the
+    last epoch; without a seed they come in the order of the tokens. No window reaches across two shards.
+    The whole state is `position`, the number of windows that all processes together have taken, so that the processes
+    cannot disagree about the shard, and together read what one process would.
     """
 
-    def __init__(self, tokens, B, T, seed=None, rank=0, world_size=1):
-        self.tokens, self.B, self.T, self.seed, self.rank, self.world_size = tokens, B, T, seed, rank, world_size
-        self.position = 0
-        assert len(tokens) > T, f"{len(tokens)} tokens hold no window of {T} and its last target"
+    def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, vocab_size=2**16):
+        self.shards, self.B, self.T, self.seed, self.rank, self.world_size = shards, B, T, seed, rank, world_size
+        self.vocab_size, self.position = vocab_size, 0
         room = 0 if seed is None else T - 1  # for the offset
-        self.n_windows = max(1, (len(tokens) - 1 - room) // T)  # in an epoch
+        self.windows = [max(1, (len(shard) - 1 - room) // T) if len(shard) > T else 0 for shard in shards]  # per shard
+        self.n_windows = sum(self.windows)  # in an epoch
 
     @functools.lru_cache(maxsize=2)  # a batch can reach into the next epoch
-    def epoch_order(self, epoch):
-        """-> (offset of the epoch's first window in tokens, (n_windows,) the windows in the order they are read)."""
+    def shard_order(self, epoch):
+        """-> the shards in the order they are read, and the number of windows up to the end of each."""
+        n = len(self.shards)
+        order = np.arange(n) if self.seed is None else np.random.default_rng((self.seed, epoch)).permutation(n)
+        return order, np.cumsum([self.windows[shard] for shard in order])
+
+    @functools.lru_cache(maxsize=2)  # and into the next shard
+    def window_order(self, epoch, shard):
+        """-> offset of the shard's first window in tokens, and its windows in the order they are read."""
+        n = self.windows[shard]
         if self.seed is None:
-            return 0, np.arange(self.n_windows)
-        rng = np.random.default_rng((self.seed, epoch))
-        offset = rng.integers(min(self.T, len(self.tokens) - self.n_windows * self.T))
-        return offset, rng.permutation(self.n_windows)
+            return 0, range(n)
+        rng = np.random.default_rng((self.seed, epoch, shard))
+        return rng.integers(min(self.T, len(self.shards[shard]) - n * self.T)), rng.permutation(n)
 
     def get(self, positions):
         """positions: B places in the order -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
         rows = []
         for position in positions:
             epoch, i = divmod(position, self.n_windows)
-            offset, order = self.epoch_order(epoch)
-            start = offset + order[i] * self.T
-            rows.append(self.tokens[start:start + self.T + 1])
-        buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+            order, ends = self.shard_order(epoch)
+            k = np.searchsorted(ends, i, side="right")
+            offset, windows = self.window_order(epoch, int(order[k]))
+            start = offset + windows[i - ends[k]] * self.T  # i - ends[k] counts from the end of the shard's windows
+            rows.append(self.shards[order[k]][start:start + self.T + 1])
+        buf = np.stack(rows)  # (B, T + 1)
+        if buf.max() >= self.vocab_size:
+            raise UserError(f"the data holds token {buf.max()}, but the model's vocab_size is {self.vocab_size}")
+        buf = torch.from_numpy(buf.astype(np.int64))
         return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
 
     def next_batch(self):
@@ -563,12 +691,60 @@ def evaluate(model, loader, max_batches, autocast, device):
     """-> mean loss in nats per token of the loader's first max_batches batches, or of a whole epoch where that is 0."""
     n = min(loader.n_windows, max_batches * loader.B or loader.n_windows)
     total_loss = 0.0
-    for start in range(0, n, loader.B):
+    for start in range(loader.rank * loader.B, n, loader.world_size * loader.B):
         x, y = loader.get(range(start, min(start + loader.B, n)))  # the last batch may be shorter
         with autocast:
             _, loss = model(x.to(device), y.to(device))
         total_loss += loss.item() * len(x)
-    return total_loss / n
+    return sum_over_ranks(total_loss)[0] / n
+
+
+def read_hellaswag(path):
+    """path: a HellaSwag .jsonl -> list of (context, list of endings, number of the right one). Raises UserError."""
+    examples = []
+    try:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            example = json.loads(line)
+            examples.append((str(example["ctx"]), list(map(str, example["endings"])), int(example["label"])))
+            examples[-1][1][examples[-1][2]]  # raises IndexError if there is no such ending
+    except OSError as e:
+        raise UserError(f"--hellaswag {path} cannot be read: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError, IndexError) as e:
+        raise UserError(f"--hellaswag {path} is broken in line {number}: {type(e).__name__} {first_line(e)}") from e
+    return examples
+
+
+@torch.no_grad()
+def evaluate_hellaswag(model, examples):
+    """
+    HellaSwag (Zellers et al. 2019) completion style (lecture 3:28:23): the ending with the lowest loss is the answer.
+    examples: from read_hellaswag -> (acc, acc_norm), the share of right answers by an ending's summed and by its mean
+    loss. Always the same four examples make a batch: neither flags nor the number of processes change the result.
+    """
+    enc, device = get_tokenizer(), model.lm_head.weight.device
+    n_right = n_right_norm = 0
+    batches = [examples[i:i + 4] for i in range(0, len(examples), 4)]
+    for batch in progress(batches[RANK::WORLD_SIZE], "HellaSwag"):
+        rows = []  # (tokens, how many of them are the ending's)
+        for context, endings, _ in batch:
+            context = enc.encode(context)
+            for ending in map(enc.encode, (" " + e for e in endings)):
+                tokens = (context + ending)[-model.config.block_size:]
+                rows.append((tokens, min(len(ending), len(tokens) - 1)))
+        idx = torch.zeros(len(rows), max(len(tokens) for tokens, _ in rows), dtype=torch.long)  # (rows, T)
+        mask = torch.zeros(idx.shape)  # 1 at the ending's tokens
+        for i, (tokens, n) in enumerate(rows):  # padded on the right, where causal attention does not look
+            idx[i, :len(tokens)], mask[i, len(tokens) - n:len(tokens)] = torch.tensor(tokens), 1
+        idx, mask = idx.to(device), mask[:, 1:].to(device)
+        logits = model(idx)[0][:, :-1].float()  # (rows, T - 1, V)
+        losses = F.cross_entropy(logits.transpose(1, 2), idx[:, 1:], reduction="none") * mask  # (rows, T - 1)
+        start = 0
+        for _, endings, label in batch:
+            sums, counts = (x[start:start + len(endings)].sum(1) for x in (losses, mask))
+            n_right += (sums.argmin() == label).item()
+            n_right_norm += ((sums / counts).argmin() == label).item()
+            start += len(endings)
+    return [n / len(examples) for n in sum_over_ranks(n_right, n_right_norm)]
 
 
 def sample(model, cfg, num_samples, max_new_tokens):
@@ -601,34 +777,72 @@ def sample(model, cfg, num_samples, max_new_tokens):
     print0("\n---" if alone else "---")
 
 
+def read_log(path):
+    """path: of a log.txt -> list of its records (step, stream, value); a line that was cut off is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    matches = (re.fullmatch(r"(\d+) (\w+) (\d+\.\d{6})", line) for line in lines)
+    return [(int(m[1]), m[2], float(m[3])) for m in matches if m]
+
+
 def plot_losses(out_dir, tokens_per_step):
     """Draws out_dir/log.txt into out_dir/loss.png: train and validation loss in nats per token, over tokens."""
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
-    records = [line.split() for line in (Path(out_dir) / "log.txt").read_text().splitlines()]
+    records = read_log(out_dir / "log.txt")
     for stream, style in ("train", dict(linewidth=0.8, alpha=0.6)), ("val", dict(marker="o", markersize=4)):
-        points = [(int(step) * tokens_per_step, float(value)) for step, name, value in records if name == stream]
-        axes.plot(*zip(*points), label=stream, **style) if points else None
+        points = [(step * tokens_per_step, value) for step, name, value in records if name == stream]
+        axes.plot(*zip(*points or [(math.nan, math.nan)]), label=stream, **style)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(Path(out_dir) / "loss.png", dpi=100)
+    figure.savefig(out_dir / "loss.png", dpi=100)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5 Process and device (lecture 41:47, 1:22:18)
 
 
+# torchrun tells each process its number among all, its number on this machine, and how many there are (2:46:52).
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(k, d)) for k, d in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), "001"))
+
+
 def print0(*args, **kwargs):
-    print(*args, **kwargs, flush=True)
+    """print, but only of one of the processes."""
+    if RANK == 0:
+        print(*args, **kwargs, flush=True)
 
 
-def pick_device(name):
-    """name: auto or a torch device -> torch.device. Raises UserError if it is not there."""
+def progress(iterable, title, total=None):
+    """-> iterable, with a progress bar on the terminal of one of the processes."""
+    return tqdm(iterable, title, total, disable=RANK > 0 or None, leave=False)  # None: no bar in a file
+
+
+def sum_over_ranks(*values):
+    """values: numbers of this process -> their sums over all processes."""
+    if WORLD_SIZE == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(sums)  # ReduceOp.AVG is missing in gloo
+    return sums.tolist()
+
+
+def start_process(name):
+    """
+    name: auto or a torch device -> the torch.device of this process, which from here on is connected with the others
+    that torchrun started. Raises UserError if there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
+        if WORLD_SIZE > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            # When a process dies the others wait for it this long; saving and sampling on rank 0 must take less.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"--device {name} cannot be used: {first_line(e)}") from e
 
@@ -675,14 +889,21 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad
     """One update from grad_accum_steps micro-batches (lecture 2:34:09) -> (loss, gradient norm), tensors on device."""
     total_loss = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
-        x, y = loader.next_batch()
+        x, y = loader.next_batch()  # the GPU still works on the last one meanwhile
+        if device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()  # only pinned memory is copied without waiting
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        if WORLD_SIZE > 1:  # average the gradients once, in the last backward pass; the forward pass reads this too
+            model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
-            loss = model(x.to(device), y.to(device))[1] / grad_accum_steps  # the update wants the mean over all of them
+            loss = model(x, y)[1] / grad_accum_steps  # the update wants the mean over all of them
         total_loss += loss.detach()
         scaler.scale(loss).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if device.type == "cpu" and not norm.isfinite():  # a GPU would have to wait for the answer
+        return total_loss, norm
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -714,12 +935,8 @@ CHECKPOINT_FORMAT = 1  # of ckpt.pt; counts up when its layout changes
 
 def save_checkpoint(path, **state):
     """Writes state (tensors and plain values in dicts and lists) to path, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
+    with whole_file(path) as f:
         torch.save({"format": CHECKPOINT_FORMAT, **state}, f)
-        f.flush()
-        os.fsync(f.fileno())  # on the disk before the rename, or a power cut could leave an empty file under the name
-    os.replace(temporary, path)
 
 
 def load_checkpoint(path):
@@ -739,54 +956,100 @@ def make_loaders(cfg, config):
     """-> (train, val) DataLoaderLite for a model of this GPTConfig. Raises UserError where cfg or data do not fit."""
     if cfg.sequence_length > config.block_size:
         raise UserError(f"--sequence_length {cfg.sequence_length} is over the model's block_size {config.block_size}")
-    if cfg.total_batch_size % (cfg.batch_size * cfg.sequence_length):
+    if cfg.total_batch_size % (cfg.batch_size * cfg.sequence_length * WORLD_SIZE):
         raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size {cfg.batch_size} "
-                        f"x --sequence_length {cfg.sequence_length}")
-    tokens = {split: load_tokens(cfg.data, split) for split in ("train", "val")}
-    for split in tokens.values():
-        if len(split) <= cfg.sequence_length:
-            raise UserError(f"--data {cfg.data} is too short: a split has {len(split)} tokens, but --sequence_length "
-                            f"{cfg.sequence_length} and the last target need {cfg.sequence_length + 1}")
-        if split.max() >= config.vocab_size:
-            raise UserError(f"--data {cfg.data} holds token {split.max()}, but --vocab_size is {config.vocab_size}")
-    seed = cfg.seed if cfg.shuffle else None
-    train_loader = DataLoaderLite(tokens["train"], cfg.batch_size, cfg.sequence_length, seed)
-    print0(f"data {cfg.data}: {len(tokens['train']):,} tokens for training, {len(tokens['val']):,} for validation; "
-           f"an epoch has {train_loader.n_windows:,} windows of {cfg.sequence_length}")
-    return train_loader, DataLoaderLite(tokens["val"], cfg.batch_size, cfg.sequence_length)
+                        f"x --sequence_length {cfg.sequence_length} x {WORLD_SIZE} processes")
+    B, T, seed = cfg.batch_size, cfg.sequence_length, cfg.seed if cfg.shuffle else None
+    loaders = []
+    for split, order, needed in ("train", seed, B * WORLD_SIZE), ("val", None, 1):
+        shards = load_tokens(cfg.data, split, Path(cfg.out_dir))
+        loader = DataLoaderLite(shards, B, T, order, RANK, WORLD_SIZE, config.vocab_size)
+        if loader.n_windows < needed:
+            raise UserError(f"--data {cfg.data} is too short: its {split} split has {loader.n_windows} windows of "
+                            f"--sequence_length {T} and a last target, but needs {needed} (--batch_size x processes)")
+        loader.get(range(min(B, loader.n_windows)))  # raises now if the data have tokens that the model has not
+        print0(f"{split}: {sum(map(len, shards)):,} tokens of {cfg.data}, {loader.n_windows:,} windows of {T} an epoch")
+        loaders.append(loader)
+    return loaders
 
 
-def open_log(out_dir, step):
-    """-> out_dir/log.txt, open for appending, with its records up to step kept; those after it were never saved."""
-    path = out_dir / "log.txt"
-    old = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-    path.write_text("".join(line for line in old if int(line.split()[0]) <= step))
-    return open(path, "a", buffering=1)  # line by line, so that nothing is lost and others can follow it
+class OutDir:
+    """The files of a run in out_dir, written by one process only. Trouble with the disk is a warning while training
+    goes on, and kept in `trouble` for its end. Raises UserError if out_dir cannot be written to at the start."""
+
+    def __init__(self, path, step):
+        """step: the one that the run starts from; records of log.txt after it are of work that was never saved."""
+        self.path, self.trouble = Path(path), {}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            kept = [record for record in read_log(self.path / "log.txt") if record[0] <= step] if step else []
+            with self.write("log.txt"), whole_file(self.path / "log.txt") as f:
+                f.writelines(b"%d %s %.6f\n" % (n, stream.encode(), value) for n, stream, value in kept)
+        except OSError as e:
+            raise UserError(f"--out_dir {path} cannot be written to: {e.strerror or e}") from e
+        if self.trouble:
+            raise UserError(f"--out_dir {path} cannot be written to: {self.trouble['log.txt']}")
+
+    @contextmanager
+    def write(self, name):
+        """Does what its block does to the file of this name, and does not let an error of the disk stop the run."""
+        try:
+            yield
+            self.trouble.pop(name, None)
+        except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
+            self.trouble[name] = first_line(e)
+            print0(f"warning: {self.path / name} could not be written: {first_line(e)}")
+
+    def record(self, step, stream, value):
+        with self.write("log.txt"), open(self.path / "log.txt", "a") as f:
+            f.write(f"{step} {stream} {value:.6f}\n")
 
 
-def train(cfg, raw_model, checkpoint, device, dtype, autocast):
+def catch_signals():
+    """-> a list that receives the number of the first SIGINT (Ctrl-C) or SIGTERM; a second one stops at once."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        print0(f"\n{signal.Signals(number).name}: finishing this step; once more stops at once")
+        for n in before:
+            signal.signal(n, before[n])
+
+    before = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+    return received
+
+
+def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast):
     """
-    Trains raw_model in place up to cfg.max_steps updates, from the checkpoint's state if there is one.
-    Leaves log.txt, loss.png, ckpt.pt and model/ in cfg.out_dir. step is the number of updates done.
+    Trains raw_model in place up to cfg.max_steps updates, from the checkpoint's state if there is one; leaves log.txt,
+    loss.png and ckpt.pt in cfg.out_dir. step is the number of updates done. -> 0, or the number of the signal that
+    ended it early. Raises UserError where the data, the losses or the disk make going on senseless.
     """
     train_loader, val_loader = make_loaders(cfg, raw_model.config)
-    grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.sequence_length)
+    grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.sequence_length * WORLD_SIZE)
     optimizers = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start = 0
+    start, best_val_loss = 0, math.inf
     if checkpoint:
-        start, train_loader.position = checkpoint["step"], checkpoint["position"]
-        scaler.load_state_dict(checkpoint["scaler"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    out_dir = Path(cfg.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    log = open_log(out_dir, start)
+        start, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+        restore(checkpoint, optimizers, scaler, train_loader)
+    out = OutDir(cfg.out_dir, start) if RANK == 0 else None
     model = compile_model(raw_model, train_loader, autocast, device) if cfg.compile else raw_model
+    if WORLD_SIZE > 1:
+        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    signals = catch_signals()
 
     def due(step, every):
         return every and (step % every == 0 or step == cfg.max_steps)
+
+    def save(step):
+        with out.write("ckpt.pt"):
+            save_checkpoint(out.path / "ckpt.pt", step=step, best_val_loss=best_val_loss, model=raw_model.state_dict(),
+                            optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
+                            scaler=scaler.state_dict(), position=train_loader.position,
+                            n_windows=train_loader.n_windows, rng=torch.get_rng_state(),
+                            config=asdict(raw_model.config), train_config=asdict(cfg))
 
     mark = time.perf_counter()
     for step in range(start, cfg.max_steps + 1):
@@ -794,16 +1057,16 @@ def train(cfg, raw_model, checkpoint, device, dtype, autocast):
         pause = time.perf_counter()
         if due(step, cfg.eval_every) and not (checkpoint and step == start):  # a resumed run has its start behind it
             val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
-            print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
-            log.write(f"{step} val {val_loss:.6f}\n")
-            plot_losses(out_dir, cfg.total_batch_size)
-            sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
-        if due(step, cfg.save_every) and step > start:
-            save_checkpoint(out_dir / "ckpt.pt", step=step, position=train_loader.position,
-                            model=raw_model.state_dict(), scaler=scaler.state_dict(),
-                            optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
-                            config=asdict(raw_model.config), train_config=asdict(cfg))
-        if step == cfg.max_steps:  # only now, so that the last update is evaluated and saved too
+            best_val_loss = min(best_val_loss, val_loss)
+            acc, acc_norm = evaluate_hellaswag(raw_model, hellaswag) if hellaswag else (None, None)
+            if RANK == 0:
+                report(cfg, raw_model, out, step, val_loss, acc, acc_norm)
+        stop = signals and WORLD_SIZE == 1
+        if WORLD_SIZE > 1 and (device.type == "cpu" or due(step, cfg.log_every)):  # they stop together or not at all
+            stop = sum_over_ranks(len(signals))[0] > 0
+        if RANK == 0 and cfg.save_every and step > start and (stop or due(step, cfg.save_every)):
+            save(step)
+        if stop or step == cfg.max_steps:  # only now, so that the last update is evaluated and saved too
             break
         mark += time.perf_counter() - pause  # the time of a step is training only
 
@@ -811,15 +1074,73 @@ def train(cfg, raw_model, checkpoint, device, dtype, autocast):
         loss, norm = optimizer_step(
             model, train_loader, optimizers, scaler, autocast, device, lr, cfg.grad_clip, grad_accum_steps)
 
-        if due(step + 1, cfg.log_every):
-            log.write(f"{step + 1} train {loss.item():.6f}\n")  # item() waits for the GPU
+        log_due = due(step + 1, cfg.log_every)
+        if log_due or due(step + 1, cfg.save_every) or device.type == "cpu":  # a GPU would have to wait in each step
+            check_finite(step + 1, loss, norm, scaler, cfg)
+        if log_due:
+            loss = sum_over_ranks(loss.item())[0] / WORLD_SIZE
             now, n = time.perf_counter(), (step + 1 - start) % cfg.log_every or cfg.log_every
-            ms = 1000 * (now - mark) / n
-            left = round(ms / 1000 * (cfg.max_steps - step - 1))  # seconds
-            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss.item():.4f} | lr {lr:.2e} | norm {norm.item():.2f} | "
-                   f"{ms:.1f} ms | {1000 * cfg.total_batch_size / ms:.0f} tok/s | {left // 60}m{left % 60:02d}s left")
+            print_step(cfg, raw_model, dtype, device, step + 1, loss, lr, norm.item(), (now - mark) / n)
             mark = now
-    log.close()
+            if RANK == 0:
+                out.record(step + 1, "train", loss)
+    if RANK == 0 and out.trouble:
+        raise UserError("; ".join(f"{out.path / name} could not be written: {e}" for name, e in out.trouble.items()))
+    if stop:
+        print0(f"stopped at step {step}; --init_from resume --out_dir {cfg.out_dir} goes on from the last checkpoint")
+    return signals[0] if stop and signals else signal.SIGTERM if stop else 0
+
+
+def restore(checkpoint, optimizers, scaler, loader):
+    """Puts the state of a checkpoint into them. Raises UserError if the data are not those it was trained on."""
+    if loader.n_windows != checkpoint["n_windows"]:
+        raise UserError(f"the data have {loader.n_windows} windows an epoch, but the checkpoint was made with "
+                        f"{checkpoint['n_windows']}: the order of training would not go on")
+    loader.position = checkpoint["position"]
+    scaler.load_state_dict(checkpoint["scaler"])
+    torch.set_rng_state(checkpoint["rng"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # decay and the like are the flags'
+
+
+def report(cfg, raw_model, out, step, val_loss, acc, acc_norm):
+    """Prints and records an evaluation, draws the losses and writes a short sample."""
+    print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
+    out.record(step, "val", val_loss)
+    if acc is not None:
+        print0(f"{step:5d}/{cfg.max_steps} | HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f}")
+        out.record(step, "hella", acc_norm)
+    with out.write("loss.png"):
+        plot_losses(out.path, cfg.total_batch_size)
+    sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
+
+
+def check_finite(step, loss, norm, scaler, cfg):
+    """Raises UserError if the loss or the gradient of update number step, from 1, is not finite."""
+    if loss.isfinite() and (norm.isfinite() or scaler.is_enabled()):  # a GradScaler finds its scale by such gradients
+        return
+    kept = f"{cfg.out_dir}/ckpt.pt is of an earlier step" if cfg.save_every else "nothing was saved"
+    raise UserError(f"step {step}: the loss is {loss.item()} and the gradient's norm {norm.item()}; stopped without "
+                    f"saving ({kept}). Try a lower --max_lr, more --warmup_steps, or --dtype float32")
+
+
+# Dense bfloat16 FLOP/s of GPUs, from their makers' datasheets, by a part of the name that CUDA gives them.
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def print_step(cfg, raw_model, dtype, device, step, loss, lr, norm, seconds):
+    """Prints the line of a step that took so many seconds, with the share of the GPUs' peak where that is known."""
+    tokens_per_second = cfg.total_batch_size / seconds
+    left = round(seconds * (cfg.max_steps - step))  # seconds
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype != torch.float32 else ""
+    mfu = ""
+    if peak := next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None):
+        c = raw_model.config  # 6 FLOPs per parameter in a product, and the attention's (PaLM, Chowdhery et al. 2022)
+        n_params = sum(p.numel() for p in raw_model.parameters()) - c.block_size * c.n_embd
+        flops_per_token = 6 * n_params + 12 * c.n_layer * c.n_embd * cfg.sequence_length
+        mfu = f" | MFU {flops_per_token * tokens_per_second / peak / WORLD_SIZE:.1%}"
+    print0(f"{step:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {1000 * seconds:.1f} ms | "
+           f"{tokens_per_second:.0f} tok/s | {left // 60}m{left % 60:02d}s left{mfu}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -854,49 +1175,62 @@ def resume(cfg, given, shape):
 
 
 def run(given, shape):
-    """given: TrainConfig fields, shape: GPTConfig fields, as flags gave them. Makes the model, trains it, samples."""
+    """given: TrainConfig fields, shape: GPTConfig fields, as flags gave them. Makes the model, trains it, samples.
+    -> exit code."""
     cfg, checkpoint = TrainConfig(**given), None
     path = Path(cfg.out_dir) / "ckpt.pt"
     if cfg.max_steps and cfg.init_from != "resume" and not cfg.overwrite and path.exists():
         raise UserError(f"{path} holds the checkpoint of an earlier run: go on with it (--init_from resume), keep it "
                         "(another --out_dir), or lose it (--overwrite)")
+    hellaswag = read_hellaswag(cfg.hellaswag) if cfg.hellaswag else []
+    device = start_process(cfg.device)
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it (lecture 1:28:14)
     if cfg.init_from == "resume":
         cfg, model, checkpoint = resume(cfg, given, shape)
     else:
         model = make_model(cfg, shape)
-    device = pick_device(cfg.device)
+    model.to(device)
     dtype, why = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and device.type != "mps")
-    model.to(device)
-    n_params = sum(p.numel() for p in model.parameters())
-    print0(f"model {cfg.model}: {n_params:,} parameters, {model.config}")
-    print0(f"device {device}, {dtype} matrix products ({why}), flash attention, {cfg.optimizer}")
+    print0(f"model {cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}")
+    print0(f"device {device} x {WORLD_SIZE} | {str(dtype)[6:]} products: {why} | attention: flash where "
+           f"scaled_dot_product_attention has it | compile: {cfg.compile} | optimizer: {cfg.optimizer}")
     if cfg.max_steps:
         if device.type == "cpu":
             keep_freed_memory()
-        train(cfg, model.float(), checkpoint, device, dtype, autocast)
+        if stopped_by := train(cfg, model.float(), checkpoint, hellaswag, device, dtype, autocast):
+            return 128 + stopped_by
+    elif hellaswag:
+        acc, acc_norm = evaluate_hellaswag(model, hellaswag)
+        print0(f"HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f} | {len(hellaswag)} examples")
+    if RANK > 0:
+        return 0
+    if cfg.max_steps:
         model.save_pretrained(Path(cfg.out_dir) / "model")
     elif device.type != "mps":
         model.to(dtype)  # weights of half the size are read in half the time
     if cfg.num_samples:
         sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
     if cfg.max_steps:
-        print0(f"{cfg.out_dir}/ holds log.txt, loss.png, ckpt.pt and model/")
+        files = [name for name in ("log.txt", "loss.png", "ckpt.pt", "model") if (Path(cfg.out_dir) / name).exists()]
+        print0(f"{cfg.out_dir}/ holds {', '.join(files)}")
+    return 0
 
 
 def main(argv=None):
     """argv: list of flags, by default the command line's -> exit code."""
     try:
-        run(*parse_flags(argv))
+        return run(*parse_flags(argv))
     except UserError as e:
-        print(f"train_gpt2.py: error: {e}", file=sys.stderr)
+        print(f"train_gpt2.py: error: {e}" + f" [rank {RANK}]" * (WORLD_SIZE > 1), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

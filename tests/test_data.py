@@ -7,7 +7,7 @@ import torch
 
 import train_gpt2
 from conftest import ROOT
-from train_gpt2 import DataLoaderLite, UserError, get_tokenizer, load_tokens
+from train_gpt2 import DataLoaderLite, UserError, get_tokenizer, load_tokens, open_shard, text_pieces
 
 
 def test_input_txt():
@@ -74,13 +74,13 @@ def test_no_vocabulary_and_no_network_is_one_sentence(fresh_tokenizer, monkeypat
 def test_split_is_by_characters(tmp_path):
     (tmp_path / "a.txt").write_text("a b " * 90 + "c d " * 10)
     enc = get_tokenizer()
-    assert enc.decode(load_tokens(tmp_path / "a.txt", "train")) == "a b " * 90
-    assert enc.decode(load_tokens(tmp_path / "a.txt", "val")) == "c d " * 10
+    assert [enc.decode(t) for t in load_tokens(tmp_path / "a.txt", "train", tmp_path)] == ["a b " * 90]
+    assert [enc.decode(t) for t in load_tokens(tmp_path / "a.txt", "val", tmp_path)] == ["c d " * 10]
 
 
 def test_documents_are_separated_by_endoftext(tmp_path):
     (tmp_path / "a.txt").write_text("one<|endoftext|>two" + " " * 10)
-    assert load_tokens(tmp_path / "a.txt", "train").tolist()[:3] == [505, train_gpt2.EOT, 11545]
+    assert load_tokens(tmp_path / "a.txt", "train", tmp_path)[0].tolist()[:3] == [505, train_gpt2.EOT, 11545]
 
 
 @pytest.mark.parametrize("content, message", [(None, "cannot be read"), (b"\xff\xfe\xfa", "not a UTF-8 text")])
@@ -88,7 +88,7 @@ def test_unreadable_text(tmp_path, content, message):
     if content:
         (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        load_tokens(tmp_path / "a.txt", "train")
+        load_tokens(tmp_path / "a.txt", "train", tmp_path)
 
 
 # The loader. The tokens are 0, 1, 2, ..., so that a window's first token is its place in the text.
@@ -101,7 +101,7 @@ def epoch_starts(loader, epoch):
 
 @pytest.mark.parametrize("n_tokens", [9, 15, 16, 17, 100, 1000])
 def test_an_epoch_holds_every_window_once(n_tokens):
-    loader = DataLoaderLite(np.arange(n_tokens, dtype=np.uint16), B=3, T=8, seed=5)
+    loader = DataLoaderLite([np.arange(n_tokens, dtype=np.uint16)], B=3, T=8, seed=5)
     offsets = set()
     for epoch in range(40):
         starts = epoch_starts(loader, epoch)
@@ -117,7 +117,7 @@ def test_an_epoch_holds_every_window_once(n_tokens):
 
 
 def test_targets_are_the_next_tokens():
-    loader = DataLoaderLite(np.arange(100, dtype=np.uint16), B=3, T=8, seed=5)
+    loader = DataLoaderLite([np.arange(100, dtype=np.uint16)], B=3, T=8, seed=5)
     for _ in range(20):
         x, y = loader.next_batch()
         assert x.dtype == y.dtype == torch.int64 and x.shape == (3, 8)
@@ -125,13 +125,13 @@ def test_targets_are_the_next_tokens():
 
 
 def test_without_a_seed_it_reads_straight_on():
-    loader = DataLoaderLite(np.arange(100, dtype=np.uint16), B=2, T=8)
+    loader = DataLoaderLite([np.arange(100, dtype=np.uint16)], B=2, T=8)
     starts = torch.cat([loader.next_batch()[0][:, 0] for _ in range(8)])
     assert starts.tolist() == [*range(0, 96, 8), 0, 8, 16, 24]
 
 
 def test_the_order_depends_on_seed_and_position_alone():
-    tokens = np.arange(1000, dtype=np.uint16)
+    tokens = [np.arange(1000, dtype=np.uint16)]
     a, b, c = (DataLoaderLite(tokens, B=4, T=8, seed=s) for s in (1, 1, 2))
     batches = [a.next_batch()[0] for _ in range(50)]
     b.position = 4 * 30
@@ -141,8 +141,117 @@ def test_the_order_depends_on_seed_and_position_alone():
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_together_read_what_one_reads(world_size):
-    tokens = np.arange(300, dtype=np.uint16)
+    tokens = [np.arange(100, dtype=np.uint16), np.arange(100, 300, dtype=np.uint16)]
     one = DataLoaderLite(tokens, B=2 * world_size, T=8, seed=3)
     many = [DataLoaderLite(tokens, 2, 8, 3, rank, world_size) for rank in range(world_size)]
     for _ in range(30):  # over the ends of epochs
         assert torch.equal(torch.cat([loader.next_batch()[0] for loader in many]), one.next_batch()[0])
+
+
+def test_windows_of_several_shards():
+    shards = [np.arange(a, b, dtype=np.uint16) for a, b in ((0, 100), (1000, 1005), (2000, 2009), (3000, 3300))]
+    loader = DataLoaderLite(shards, B=3, T=8, seed=5)
+    assert loader.windows == [11, 0, 1, 36] and loader.n_windows == 48
+    for epoch in range(5):
+        x, y = loader.get(range(epoch * 48, (epoch + 1) * 48))
+        assert torch.equal(y, x + 1)  # no window holds tokens of two shards
+        of_shard = torch.bucketize(x[:, 0].contiguous(), torch.tensor([1000, 2000, 3000]), right=True)
+        assert of_shard.bincount(minlength=4).tolist() == loader.windows and len(x[:, 0].unique()) == 48
+        assert len(of_shard.unique_consecutive()) == 3  # shard by shard
+    straight = DataLoaderLite(shards, B=3, T=8)
+    assert straight.get(range(0, 14))[0][:, 0].tolist() == [*range(0, 96, 8), 2000, 3000]
+
+
+# Token files, written here by hand
+
+
+def llm_c(path, tokens, header=(20240520, 1), count=None):
+    ints = [*header, len(tokens) if count is None else count] + [0] * 253
+    path.write_bytes(np.array(ints, dtype="<i4").tobytes() + np.array(tokens, dtype="<u2").tobytes())
+    return path
+
+
+TOKENS = list(range(5, 50_005, 50))
+
+
+def test_three_formats(tmp_path):
+    np.save(tmp_path / "a.npy", np.array(TOKENS, dtype=np.uint16))
+    llm_c(tmp_path / "b.bin", TOKENS)
+    np.array(TOKENS, dtype="<u2").tofile(tmp_path / "train.bin")
+    for name in ("a.npy", "b.bin", "train.bin"):
+        tokens = open_shard(tmp_path / name)
+        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.tolist() == TOKENS
+        train, val = (load_tokens(tmp_path / name, split, tmp_path)[0] for split in ("train", "val"))
+        assert (train.tolist(), val.tolist()) == (TOKENS[:900], TOKENS[900:])
+
+
+def test_folder_of_shards(tmp_path):
+    for name in ("fineweb_train_000002.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"):
+        llm_c(tmp_path / name, [int(name[-5])] * 20)
+    (tmp_path / "README.md").write_text("")
+    assert [t[0] for t in load_tokens(tmp_path, "train", tmp_path)] == [1, 2]
+    assert [t[0] for t in load_tokens(tmp_path, "val", tmp_path)] == [0]
+    (tmp_path / "fineweb_val_000000.bin").unlink()
+    with pytest.raises(UserError, match="no token shards for the val split: .* with val in their names"):
+        load_tokens(tmp_path, "val", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no token shards for the train split"):
+        load_tokens(tmp_path / "empty", "train", tmp_path)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: llm_c(p / "a.bin", TOKENS, header=(20240521, 1)), r"begins with \[20240521, 1\]"),
+    (lambda p: llm_c(p / "a.bin", TOKENS, header=(20240520, 2)), r"begins with \[20240520, 2\]"),
+    (lambda p: llm_c(p / "a.bin", TOKENS, count=1001), "header says 1001 tokens, but it holds 1000"),
+    (lambda p: llm_c(p / "a.bin", TOKENS, count=999), "header says 999 tokens, but it holds 1000"),
+    (lambda p: (p / "a.bin").write_bytes(b"\0" * 100) and p / "a.bin", r"begins with \[0, 0\]"),
+    (lambda p: (p / "train.bin").write_bytes(b"odd") and p / "train.bin", "not a token file"),
+    (lambda p: (p / "val.bin").write_bytes(b"") or p / "val.bin", "not a token file"),
+    (lambda p: np.save(p / "a.npy", np.arange(9)) or p / "a.npy", r"\(9,\) of int64"),
+    (lambda p: np.save(p / "a.npy", np.zeros((3, 3), np.uint16)) or p / "a.npy", r"\(3, 3\) of uint16"),
+    (lambda p: np.save(p / "a.npy", np.array([{}]), allow_pickle=True) or p / "a.npy", "not a token file"),
+    (lambda p: (p / "a.npy").write_bytes(b"\x93NUMPY\x01\x00") and p / "a.npy", "not a token file"),
+])
+def test_broken_shards(tmp_path, make, message):
+    path = make(tmp_path)
+    with pytest.raises(UserError, match=message) as e:
+        open_shard(path)
+    assert str(path) in str(e.value)
+
+
+def test_tokens_past_the_vocabulary_are_refused():
+    with pytest.raises(UserError, match="token 99, but the model's vocab_size is 99"):
+        DataLoaderLite([np.arange(100, dtype=np.uint16)], 1, 99, vocab_size=99).next_batch()
+
+
+def test_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    text = (ROOT / "input.txt").read_text()[:20_000] + " naïve\n\n\n 你好 🙂 \t 12345   x<|endoftext|>y\r\n" * 50
+    (tmp_path / "a.txt").write_text(text, newline="")
+    enc = get_tokenizer()
+    text = (tmp_path / "a.txt").read_text()
+    for piece in (100, 777, 5000):
+        monkeypatch.setattr(train_gpt2, "PIECE", piece)
+        for begin, end in (0, len(text)), (1234, 20_500):
+            pieces = list(text_pieces(tmp_path / "a.txt", begin, end))
+            assert "".join(pieces) == text[begin:end] and len(pieces) >= (end - begin) // piece
+            if piece > 100:
+                tokens = [t for p in pieces for t in enc.encode(p, allowed_special="all")]
+                assert tokens == enc.encode(text[begin:end], allowed_special="all")
+
+
+def test_large_text_is_tokenized_once(tmp_path, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text((ROOT / "input.txt").read_text()[:30_000])
+    small = [load_tokens(text, split, tmp_path / "log")[0] for split in ("train", "val")]
+    assert not (tmp_path / "log").exists()
+    monkeypatch.setattr(train_gpt2, "TEXT_IN_MEMORY", 1000)
+    for _ in range(2):
+        for split, expected in zip(("train", "val"), small):
+            tokens = load_tokens(text, split, tmp_path / "log")[0]
+            assert isinstance(tokens, np.memmap) and np.array_equal(tokens, expected)
+        assert len(files := list((tmp_path / "log").iterdir())) == 2 and all(f.suffix == ".bin" for f in files)
+        monkeypatch.setattr(train_gpt2, "text_pieces", lambda *args: pytest.fail("tokenized again"))
+    monkeypatch.undo()
+    monkeypatch.setattr(train_gpt2, "TEXT_IN_MEMORY", 1000)
+    text.write_text("changed " * 5000)
+    assert get_tokenizer().decode(load_tokens(text, "val", tmp_path / "log")[0][:3]) == "changed changed changed"

@@ -34,7 +34,7 @@ def make():
         torch.manual_seed(0)
         model = GPT(GPTConfig(**NANO, vocab_size=101))
         tokens = np.random.default_rng(0).integers(101, size=500).astype(np.uint16)
-        return model, model.configure_optimizers(optimizer, 0.1, 1e-3, "cpu"), DataLoaderLite(tokens, B, 16, seed=1)
+        return model, model.configure_optimizers(optimizer, 0.1, 1e-3, "cpu"), DataLoaderLite([tokens], B, 16, seed=1)
 
     return make
 
