@@ -97,7 +97,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
 
     eval_every: int = 150  # steps between validation losses, each with a short sample; 0: never
-    eval_batches: int = 0  # batches of B x T in a validation loss; 0: the whole validation split
+    eval_batches: int = 0  # batches of each process in a validation loss; 0: the whole validation split
     save_every: int = 150  # steps between checkpoints, beside the one at the end; 0: none at all
     hellaswag: str = ""  # path of a HellaSwag .jsonl file, scored with every validation loss; empty: none
     log_every: int = 25  # steps between lines on the console and in log.txt; 0: none
@@ -688,8 +688,8 @@ class DataLoaderLite:
 
 @torch.no_grad()
 def evaluate(model, loader, max_batches, autocast, device):
-    """-> mean loss in nats per token of the loader's first max_batches batches, or of a whole epoch where that is 0."""
-    n = min(loader.n_windows, max_batches * loader.B or loader.n_windows)
+    """-> mean loss in nats per token of each process's first max_batches batches, or of an epoch where that is 0."""
+    n = min(loader.n_windows, max_batches * loader.B * loader.world_size or loader.n_windows)
     total_loss = 0.0
     for start in range(loader.rank * loader.B, n, loader.world_size * loader.B):
         x, y = loader.get(range(start, min(start + loader.B, n)))  # the last batch may be shorter

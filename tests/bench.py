@@ -72,8 +72,8 @@ def bench_sampling(args):
                     lambda: theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, top_k=50,
                                             max_new_tokens=n, min_new_tokens=n, pad_token_id=50256),
                     3 if args.quick else 7)
-                yield (f"sampling, gpt2, {str(dtype)[6:]}, batch {B}", f"{B * n / a:.1f} tok/s", f"{B * n / b:.1f} tok/s",
-                       b / a, f"{n_bytes * n / bandwidth / a:.0%} of {bandwidth / 1e9:.0f} GB/s")
+                yield (f"sampling, gpt2, {str(dtype)[6:]}, batch {B}", f"{B * n / a:.1f} tok/s",
+                       f"{B * n / b:.1f} tok/s", b / a, f"{n_bytes * n / bandwidth / a:.0%} of {bandwidth / 1e9:.0f} GB/s")
 
 
 # Loading runs in a process of its own, whose memory is counted while it works: RssAnon is what is private to the

@@ -1,4 +1,5 @@
 """Models of transformers in and out."""
+import os
 import re
 import shutil
 
@@ -26,10 +27,11 @@ def test_bfloat16_folder_and_sharded_and_bin_folders(hf_model, tmp_path):
     idx = torch.randint(101, (1, 17))
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "shards")(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    expected = theirs(idx).logits
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "shards")(idx)[0], expected, atol=1e-4, rtol=1e-4)
     theirs.config.save_pretrained(tmp_path / "bin")
     torch.save(theirs.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
-    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "bin")(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "bin")(idx)[0], expected, atol=1e-4, rtol=1e-4)
     theirs.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     ours = GPT.from_pretrained(tmp_path / "bf16")
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
@@ -90,7 +92,7 @@ def test_broken_folders(hf_model, tmp_path):
     broken("no_json", lambda f: (f / "config.json").write_text("{"))
     broken("llama", lambda f: (f / "config.json").write_text('{"model_type": "llama"}'))
     broken("unknown", lambda f: (f / "config.json").write_text('{"model_type": "no such model"}'))
-    broken("truncated", lambda f: (f / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:9000]))
+    broken("truncated", lambda f: os.truncate(f / "model.safetensors", 9000))
 
 
 def test_no_such_model_says_how_to_give_a_folder():

@@ -1,0 +1,159 @@
+"""Interrupted, killed, on a full disk, with numbers that are not finite: nothing is lost, nothing is half-written."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt2
+from conftest import ROOT, TINY_RUN
+from train_gpt2 import load_checkpoint, main
+
+
+@pytest.fixture
+def start(tmp_path, text):
+    """start(flag, ...) -> Popen of a small run that goes on until it is stopped."""
+    running = []
+
+    def start(*flags):
+        command = [sys.executable, ROOT / "train_gpt2.py", *TINY_RUN, "--data", text, "--max_steps=100000",
+                   "--eval_every=0", "--log_every=1", "--save_every=1", *flags]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(subprocess.Popen(command, cwd=tmp_path, **pipes))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_steps(path, n):
+    for _ in range(600):
+        if path.exists() and len(path.read_text().splitlines()) >= n:
+            return
+        time.sleep(0.05)
+    pytest.fail("the run did not get anywhere")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(start, cli, tmp_path, number, code):
+    process = start("--save_every=100000")
+    wait_for_steps(tmp_path / "log" / "log.txt", 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in err
+    step = load_checkpoint(tmp_path / "log" / "ckpt.pt")["step"]
+    assert f"stopped at step {step}; --init_from resume --out_dir log" in out
+    lines = (tmp_path / "log" / "log.txt").read_text().splitlines()
+    assert [int(line.split()[0]) for line in lines] == list(range(1, step + 1))
+    more = cli("--init_from=resume", f"--max_steps={step + 2}")
+    assert more.returncode == 0, more.stderr
+    assert load_checkpoint(tmp_path / "log" / "ckpt.pt")["step"] == step + 2
+
+
+def test_a_second_signal_stops_at_once(start, tmp_path):
+    process = start("--batch_size=64", "--total_batch_size=10240000")  # a step takes minutes
+    assert process.stdout.readline().startswith("model")
+    while not process.stdout.readline().startswith("val:"):
+        pass
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err
+
+
+def test_killed_at_random_moments(start, cli, tmp_path):
+    log, rng, steps = tmp_path / "log" / "log.txt", random.Random(0), []
+    for n in range(6):
+        process = start(*(["--init_from=resume"] if n else []))
+        seen = log.read_text().splitlines() if n else []
+        wait_for_steps(log, len(seen) + 2 if n else 3)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.communicate()
+        steps.append(load_checkpoint(tmp_path / "log" / "ckpt.pt")["step"])  # whole, whenever the kill came
+    assert steps == sorted(steps) and steps[-1] > steps[0]
+    assert cli("--init_from=resume", f"--max_steps={steps[-1] + 1}", "--num_samples=0").returncode == 0
+    recorded = [int(line.split()[0]) for line in log.read_text().splitlines() if " train " in line]
+    assert recorded == list(range(1, steps[-1] + 2))  # none missing, none twice
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_going(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save = torch.save
+
+    def full_after_step_2(state, f):
+        if state["step"] > 2:
+            f.write(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+        save(state, f)
+
+    monkeypatch.setattr(torch, "save", full_after_step_2)
+    assert main([*TINY_RUN, "--data", str(text), "--save_every=1"]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("warning: log/ckpt.pt could not be written") == 2 and " 4/4 | val loss" in out
+    assert "log/ckpt.pt could not be written" in err and "No space left" in err
+    assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2
+    assert not list(Path("log").glob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ulimit is the shell's of Unix")
+def test_a_file_size_limit(text, tmp_path):
+    """A real error of the operating system, in the midst of writing the checkpoint."""
+    flags = " ".join(map(str, [*TINY_RUN, "--data", text]))
+    command = f"trap '' XFSZ; ulimit -f 2000; {sys.executable} {ROOT / 'train_gpt2.py'} {flags}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "warning: log/ckpt.pt could not be written" in done.stdout and " 4/4 | val loss" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["log.txt", "loss.png"]
+
+
+def test_out_dir_that_cannot_be_written_is_found_before_training(cli, text, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out_dir in ("file", "file/log", "/proc/log"):
+        done = cli(*TINY_RUN, "--data", text, "--out_dir", out_dir)
+        assert done.returncode == 1 and f"--out_dir {out_dir} cannot be written to" in done.stderr, done.stderr
+        assert "loss" not in done.stdout
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_the_run_before_the_update(text, tmp_path, monkeypatch, capsys, poison):
+    monkeypatch.chdir(tmp_path)
+    step = train_gpt2.optimizer_step
+    weights = []
+
+    def poisoned(model, loader, *args):
+        weights.append([p.detach().clone() for p in model.parameters()])
+        if len(weights) == 3:
+            if poison == "loss":
+                model.transformer.ln_f.register_forward_hook(lambda module, x, y: y * float("nan"))
+            else:
+                model.transformer.ln_f.bias.register_hook(lambda grad: grad / 0)
+        result = step(model, loader, *args)
+        if len(weights) == 3:
+            assert all(torch.equal(a, b) for a, b in zip(weights[2], model.parameters()))
+        return result
+
+    monkeypatch.setattr(train_gpt2, "optimizer_step", poisoned)
+    assert main([*TINY_RUN, "--data", str(text), "--save_every=1"]) == 1
+    out, err = capsys.readouterr()
+    assert "step 3: the loss is" in err and "--max_lr" in err
+    assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2
+    assert "3 train" not in Path("log/log.txt").read_text()
+
+
+def test_other_data_under_a_checkpoint_is_refused(cli, text, tmp_path):
+    assert cli(*TINY_RUN, "--data", text, "--num_samples=0").returncode == 0
+    text.write_text(text.read_text()[:30_000])
+    done = cli("--init_from=resume", "--max_steps=6")
+    assert done.returncode == 1 and "windows an epoch, but the checkpoint was made with" in done.stderr
+    assert os.path.exists(tmp_path / "log" / "ckpt.pt")
