@@ -1,6 +1,6 @@
 """
 GPT-2 in one file: train it from scratch, finetune OpenAI's weights, or sample from either.
-Written to be read beside the lecture "Let's reproduce GPT-2 (124M)"; the times in the section titles are the lecture's.
+Written to be read beside the lecture "Let's reproduce GPT-2 (124M)"; a time like [0:00] is that of a chapter.
 
     python train_gpt2.py                                                     train a laptop model, then sample from it
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
@@ -49,7 +49,7 @@ class UserError(Exception):
 
 N_TOKENS = 50257  # tokens of GPT-2's BPE: 50,000 merges + 256 bytes + <|endoftext|>
 EOT = 50256  # <|endoftext|>, which separates documents
-PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, a size that matrix kernels like (lecture 2:06:54)
+PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, a size that matrix kernels like [2:06:54]
 
 
 @dataclass
@@ -162,7 +162,7 @@ def parse_flags(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2 Model (lecture 13:47)
+# 2 Model [13:47]
 
 
 class KVCache:
@@ -217,7 +217,7 @@ class CausalSelfAttention(nn.Module):
         past = k.size(2) - T
         # is_causal aligns its mask at the top left, which is right only without a past; one query may see everything.
         mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past)  # flash attention (2:00:18)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past)  # flash attention [2:00:18]
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 
@@ -268,12 +268,12 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # one matrix for both (lecture 1:06:14)
+        self.transformer.wte.weight = self.lm_head.weight  # one matrix for both [1:06:14]
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
-        """GPT-2's initialization (lecture 1:13:47). Each block adds twice to the residual stream, in its c_proj:
+    def init_weights(self):  # [1:13:47]
+        """GPT-2's initialization. Each block adds twice to the residual stream, in its c_proj:
         scaling those keeps the stream's variance from growing with the depth."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -283,7 +283,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None):  # [31:00]
         """
         idx: (B, T) token ids; targets: (B, T) the ids that follow them; cache: one KVCache per layer, holding what
         comes before idx -> (logits, loss). logits: (B, T, V), with a cache only the last position's, (B, 1, V).
@@ -301,13 +301,13 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
-    def from_pretrained(cls, name_or_folder):
+    def from_pretrained(cls, name_or_folder):  # [28:08]
         """
         name_or_folder: a GPT-2 model id (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another) or a local folder in
-        HuggingFace's format -> GPT with its weights, in the checkpoint's own dtype (lecture 28:08).
+        HuggingFace's format -> GPT with its weights, in the checkpoint's own dtype.
         Raises UserError if there is no such model, if a tensor is missing, left over or of another shape, or if the
         model is not this architecture.
         """
@@ -355,7 +355,7 @@ class GPT(nn.Module):
                     eos_token="<|endoftext|>", unk_token="<|endoftext|>")))
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):  # [37:02]
         """
         idx: (B, T) token ids of B prompts -> (B, T + max_new_tokens), the prompts with what the model adds to them.
         temperature: divides the logits, 0 takes the likeliest token; top_k: draw from that many tokens, None: from all;
@@ -377,10 +377,10 @@ class GPT(nn.Module):
                 break
         return idx
 
-    def configure_optimizers(self, optimizer, weight_decay, learning_rate, device_type):
+    def configure_optimizers(self, optimizer, weight_decay, learning_rate, device_type):  # [2:14:55]
         """
         -> list of torch optimizers that together hold every parameter once; tensors of two or more dimensions decay.
-        optimizer: adamw (Loshchilov & Hutter 2019; GPT-3's betas, lecture 2:26:21), or muon (Jordan et al. 2024) for
+        optimizer: adamw (Loshchilov & Hutter 2019; GPT-3's betas), or muon (Jordan et al. 2024) for
         the matrices inside the blocks beside AdamW for the rest. Muon's updates are scaled to AdamW's size ("Muon is
         Scalable for LLM Training", Liu et al. 2025), so that one learning rate serves both.
         """
@@ -390,7 +390,7 @@ class GPT(nn.Module):
             {"params": [p for n, p in params.items() if p.dim() >= 2 and n not in muon], "weight_decay": weight_decay},
             {"params": [p for n, p in params.items() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all tensors instead of several for each
+        fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all [2:26:21]
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)]
         if muon:
             optimizers.append(torch.optim.Muon([params[n] for n in sorted(muon)], lr=learning_rate,
@@ -411,7 +411,7 @@ def draw(logits, temperature, top_k, generator):
     return top_ids.gather(-1, (probs / -torch.log1p(-uniform)).argmax(dim=-1, keepdim=True))
 
 
-def load_huggingface(name_or_folder):
+def load_huggingface(name_or_folder):  # [3:39]
     """-> (GPTConfig, state dict of transformers' GPT2LMHeadModel); UserError where from_pretrained says so."""
     import transformers
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error below
@@ -494,7 +494,7 @@ EXPORTED_FILES = {"config.json", "model.safetensors", "merges.txt", "vocab.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3 Data (lecture 45:50 and 1:02:00)
+# 3 Data [45:50]
 
 
 def vocabulary_files():
@@ -504,7 +504,7 @@ def vocabulary_files():
 
 
 @functools.cache
-def get_tokenizer():
+def get_tokenizer():  # [33:31]
     """
     -> tiktoken.Encoding, GPT-2's byte pair encoding. Its vocabulary comes from vocabulary_files(), which needs no
     network; without them tiktoken looks in its cache, then downloads it. Raises UserError if neither works.
@@ -554,10 +554,10 @@ def load_tokens(path, split, out_dir):
 SHARD_MAGIC = 20240520  # the first of the 256 int32 before the tokens; then come the version, 1, and their number
 
 
-def open_shard(path):
+def open_shard(path):  # [3:10:21]
     """
     path: a token file -> (N,) uint16, memory-mapped. It is a .npy (build-nanogpt), a .bin with a header of 256 int32
-    (llm.c, modded-nanogpt), or a train.bin or val.bin without header (nanoGPT). Raises UserError if it is none.
+    (llm.c [3:56:21], modded-nanogpt), or a headerless train.bin or val.bin (nanoGPT). Raises UserError if it is none.
     """
     try:
         if path.suffix == ".npy":
@@ -627,7 +627,7 @@ def text_pieces(path, begin, end):
             text = text[cut:]
 
 
-class DataLoaderLite:
+class DataLoaderLite:  # [1:02:00]
     """
     Batches of windows of T tokens, in an order that depends on the seed and the position alone. An epoch holds every
     window of every shard once: the shards shuffled, the windows shuffled within each, at another offset than in the
@@ -683,7 +683,7 @@ class DataLoaderLite:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4 Evaluation (lecture 3:23:10)
+# 4 Evaluation [3:23:10]
 
 
 @torch.no_grad()
@@ -715,9 +715,9 @@ def read_hellaswag(path):
 
 
 @torch.no_grad()
-def evaluate_hellaswag(model, examples):
+def evaluate_hellaswag(model, examples):  # [3:28:23]
     """
-    HellaSwag (Zellers et al. 2019) completion style (lecture 3:28:23): the ending with the lowest loss is the answer.
+    HellaSwag (Zellers et al. 2019) completion style: the ending with the lowest loss is the answer.
     examples: from read_hellaswag -> (acc, acc_norm), the share of right answers by an ending's summed and by its mean
     loss. Always the same four examples make a batch: neither flags nor the number of processes change the result.
     """
@@ -784,7 +784,7 @@ def read_log(path):
     return [(int(m[1]), m[2], float(m[3])) for m in matches if m]
 
 
-def plot_losses(out_dir, tokens_per_step):
+def plot_losses(out_dir, tokens_per_step):  # [3:43:05]
     """Draws out_dir/log.txt into out_dir/loss.png: train and validation loss in nats per token, over tokens."""
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
@@ -799,10 +799,10 @@ def plot_losses(out_dir, tokens_per_step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5 Process and device (lecture 41:47, 1:22:18)
+# 5 Process and device [1:22:18]
 
 
-# torchrun tells each process its number among all, its number on this machine, and how many there are (2:46:52).
+# torchrun tells each process its number among all, its number on this machine, and how many there are [2:46:52].
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(k, d)) for k, d in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), "001"))
 
 
@@ -826,7 +826,7 @@ def sum_over_ranks(*values):
     return sums.tolist()
 
 
-def start_process(name):
+def start_process(name):  # [41:47]
     """
     name: auto or a torch device -> the torch.device of this process, which from here on is connected with the others
     that torchrun started. Raises UserError if there is no such device.
@@ -847,7 +847,7 @@ def start_process(name):
         raise UserError(f"--device {name} cannot be used: {first_line(e)}") from e
 
 
-def pick_dtype(name, device):
+def pick_dtype(name, device):  # [1:39:38]
     """name: auto or a dtype -> (torch.dtype of the matrix products, the reason)."""
     if name != "auto":
         return getattr(torch, name), "as asked"
@@ -875,8 +875,8 @@ def keep_freed_memory():
 # 6 Training
 
 
-def get_lr(step, cfg):
-    """-> learning rate of update number step (from 0): linear warm-up, then a cosine to min_lr (lecture 2:21:06)."""
+def get_lr(step, cfg):  # [2:21:06]
+    """-> learning rate of update number step (from 0): linear warm-up, then a cosine to min_lr."""
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
     if step >= cfg.max_steps:
@@ -885,8 +885,8 @@ def get_lr(step, cfg):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
 
-def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad_clip, grad_accum_steps):
-    """One update from grad_accum_steps micro-batches (lecture 2:34:09) -> (loss, gradient norm), tensors on device."""
+def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad_clip, grad_accum_steps):  # [2:34:09]
+    """One update from grad_accum_steps micro-batches -> (loss, gradient norm), tensors on device."""
     total_loss = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
         x, y = loader.next_batch()  # the GPU still works on the last one meanwhile
@@ -913,16 +913,18 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad
     return total_loss, norm
 
 
-def compile_model(model, loader, autocast, device):
+def compile_model(model, loader, autocast, device):  # [1:48:15]
     """-> the model compiled for the loader's batches, or, with a warning, itself where torch.compile does not work."""
     print0("compiling the model (--no-compile goes without)")
+    x, y = loader.get(range(loader.B))
     try:
         compiled = torch.compile(model)
-        x, y = loader.get(range(loader.B))
         with autocast:
             loss = compiled(x.to(device), y.to(device))[1]
         loss.backward()  # the backward pass compiles here, so that the time of no step holds it
         return compiled
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # no C++ compiler on a CPU, no Triton on a GPU, a Python too new for it
         print0(f"warning: torch.compile does not work here, going on without it: {first_line(e)}")
         return model
@@ -982,6 +984,8 @@ class OutDir:
         self.path, self.trouble = Path(path), {}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if not step:
+                (self.path / "ckpt.pt").unlink(missing_ok=True)  # or a run that ends early would resume the one before
             kept = [record for record in read_log(self.path / "log.txt") if record[0] <= step] if step else []
             with self.write("log.txt"), whole_file(self.path / "log.txt") as f:
                 f.writelines(b"%d %s %.6f\n" % (n, stream.encode(), value) for n, stream, value in kept)
@@ -1019,76 +1023,25 @@ def catch_signals():
     return received
 
 
-def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast):
-    """
-    Trains raw_model in place up to cfg.max_steps updates, from the checkpoint's state if there is one; leaves log.txt,
-    loss.png and ckpt.pt in cfg.out_dir. step is the number of updates done. -> 0, or the number of the signal that
-    ended it early. Raises UserError where the data, the losses or the disk make going on senseless.
-    """
-    train_loader, val_loader = make_loaders(cfg, raw_model.config)
-    grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.sequence_length * WORLD_SIZE)
-    optimizers = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, device.type)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start, best_val_loss = 0, math.inf
-    if checkpoint:
-        start, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
-        restore(checkpoint, optimizers, scaler, train_loader)
-    out = OutDir(cfg.out_dir, start) if RANK == 0 else None
-    model = compile_model(raw_model, train_loader, autocast, device) if cfg.compile else raw_model
-    if WORLD_SIZE > 1:
-        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    signals = catch_signals()
+def signal_to_stop(received, step, cfg, device):
+    """received: the list of catch_signals -> number of the signal on which all processes stop now, or 0."""
+    if WORLD_SIZE > 1 and device.type == "cuda" and not due(step, cfg.log_every, cfg):
+        return 0  # asking the others makes the GPU wait
+    in_all = sum_over_ranks(sum(received), len(received))
+    return in_all[1] and int(in_all[0] / in_all[1])
 
-    def due(step, every):
-        return every and (step % every == 0 or step == cfg.max_steps)
 
-    def save(step):
-        with out.write("ckpt.pt"):
-            save_checkpoint(out.path / "ckpt.pt", step=step, best_val_loss=best_val_loss, model=raw_model.state_dict(),
-                            optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
-                            scaler=scaler.state_dict(), position=train_loader.position,
-                            n_windows=train_loader.n_windows, rng=torch.get_rng_state(),
-                            config=asdict(raw_model.config), train_config=asdict(cfg))
+def due(step, every, cfg):
+    """-> whether something that happens every so many steps, and after the last one, happens after this step."""
+    return every > 0 and (step % every == 0 or step == cfg.max_steps)
 
-    mark = time.perf_counter()
-    for step in range(start, cfg.max_steps + 1):
-        synchronize()
-        pause = time.perf_counter()
-        if due(step, cfg.eval_every) and not (checkpoint and step == start):  # a resumed run has its start behind it
-            val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
-            best_val_loss = min(best_val_loss, val_loss)
-            acc, acc_norm = evaluate_hellaswag(raw_model, hellaswag) if hellaswag else (None, None)
-            if RANK == 0:
-                report(cfg, raw_model, out, step, val_loss, acc, acc_norm)
-        stop = signals and WORLD_SIZE == 1
-        if WORLD_SIZE > 1 and (device.type == "cpu" or due(step, cfg.log_every)):  # they stop together or not at all
-            stop = sum_over_ranks(len(signals))[0] > 0
-        if RANK == 0 and cfg.save_every and step > start and (stop or due(step, cfg.save_every)):
-            save(step)
-        if stop or step == cfg.max_steps:  # only now, so that the last update is evaluated and saved too
-            break
-        mark += time.perf_counter() - pause  # the time of a step is training only
 
-        lr = get_lr(step, cfg)
-        loss, norm = optimizer_step(
-            model, train_loader, optimizers, scaler, autocast, device, lr, cfg.grad_clip, grad_accum_steps)
-
-        log_due = due(step + 1, cfg.log_every)
-        if log_due or due(step + 1, cfg.save_every) or device.type == "cpu":  # a GPU would have to wait in each step
-            check_finite(step + 1, loss, norm, scaler, cfg)
-        if log_due:
-            loss = sum_over_ranks(loss.item())[0] / WORLD_SIZE
-            now, n = time.perf_counter(), (step + 1 - start) % cfg.log_every or cfg.log_every
-            print_step(cfg, raw_model, dtype, device, step + 1, loss, lr, norm.item(), (now - mark) / n)
-            mark = now
-            if RANK == 0:
-                out.record(step + 1, "train", loss)
-    if RANK == 0 and out.trouble:
-        raise UserError("; ".join(f"{out.path / name} could not be written: {e}" for name, e in out.trouble.items()))
-    if stop:
-        print0(f"stopped at step {step}; --init_from resume --out_dir {cfg.out_dir} goes on from the last checkpoint")
-    return signals[0] if stop and signals else signal.SIGTERM if stop else 0
+def checkpoint_state(step, best_val_loss, raw_model, optimizers, scaler, loader, cfg):
+    """-> what restore and resume need: tensors and plain values, and no class of ours, which weights_only refuses."""
+    return dict(step=step, best_val_loss=best_val_loss, model=raw_model.state_dict(), scaler=scaler.state_dict(),
+                optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers], rng=torch.get_rng_state(),
+                position=loader.position, n_windows=loader.n_windows, config=asdict(raw_model.config),
+                train_config=asdict(cfg))
 
 
 def restore(checkpoint, optimizers, scaler, loader):
@@ -1103,13 +1056,77 @@ def restore(checkpoint, optimizers, scaler, loader):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # decay and the like are the flags'
 
 
-def report(cfg, raw_model, out, step, val_loss, acc, acc_norm):
+def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast):  # [56:42]
+    """
+    Trains raw_model in place up to cfg.max_steps updates, from the checkpoint's state if there is one; leaves log.txt,
+    loss.png and ckpt.pt in cfg.out_dir. step is the number of updates done. -> 0, or the number of the signal that
+    ended it early. Raises UserError where the data, the losses or the disk make going on senseless.
+    """
+    loader, val_loader = make_loaders(cfg, raw_model.config)
+    grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.sequence_length * WORLD_SIZE)
+    optimizers = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, device.type)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start, best_val_loss = 0, math.inf
+    if checkpoint:
+        start, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+        restore(checkpoint, optimizers, scaler, loader)
+    out = OutDir(cfg.out_dir, start) if RANK == 0 else None
+    model = compile_model(raw_model, loader, autocast, device) if cfg.compile else raw_model
+    if WORLD_SIZE > 1:
+        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    signals = catch_signals()
+    marked, mark = start, time.perf_counter()  # the step of the last log line, and when it was
+
+    for step in range(start, cfg.max_steps + 1):
+        synchronize()
+        pause = time.perf_counter()
+        if due(step, cfg.eval_every, cfg) and not (checkpoint and step == start):  # resumed: that was before the break
+            val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
+            best_val_loss = min(best_val_loss, val_loss)
+            accuracies = evaluate_hellaswag(raw_model, hellaswag) if hellaswag else None
+            if RANK == 0:
+                report(cfg, raw_model, out, step, val_loss, accuracies)
+        stop = signal_to_stop(signals, step, cfg, device)
+        if RANK == 0 and step > start and (due(step, cfg.save_every, cfg) or stop and cfg.save_every):
+            with out.write("ckpt.pt"):
+                save_checkpoint(out.path / "ckpt.pt", **checkpoint_state(
+                    step, best_val_loss, raw_model, optimizers, scaler, loader, cfg))
+        if stop or step == cfg.max_steps:  # only now, so that the last update is evaluated and saved too
+            break
+        mark += time.perf_counter() - pause  # the time of a step is training only
+
+        lr = get_lr(step, cfg)
+        loss, norm = optimizer_step(
+            model, loader, optimizers, scaler, autocast, device, lr, cfg.grad_clip, grad_accum_steps)
+
+        log_due = due(step + 1, cfg.log_every, cfg)
+        if log_due or due(step + 1, cfg.save_every, cfg) or device.type == "cpu":  # on a GPU this waits
+            check_finite(step + 1, loss, norm, scaler, cfg)
+        if log_due:
+            loss = sum_over_ranks(loss.item())[0] / WORLD_SIZE
+            seconds = (time.perf_counter() - mark) / (step + 1 - marked)
+            marked, mark = step + 1, time.perf_counter()
+            print_step(cfg, raw_model, dtype, device, step + 1, loss, lr, norm.item(), seconds)
+            if RANK == 0:
+                out.record(step + 1, "train", loss)
+
+    if RANK == 0 and out.trouble:
+        raise UserError("; ".join(f"{out.path / name} could not be written: {e}" for name, e in out.trouble.items()))
+    if stop:
+        print0(f"stopped at step {step}; --init_from resume --out_dir {cfg.out_dir} goes on from the last checkpoint")
+    elif best_val_loss < math.inf:
+        print0(f"best validation loss {best_val_loss:.4f}")
+    return stop
+
+
+def report(cfg, raw_model, out, step, val_loss, accuracies):
     """Prints and records an evaluation, draws the losses and writes a short sample."""
     print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
     out.record(step, "val", val_loss)
-    if acc is not None:
-        print0(f"{step:5d}/{cfg.max_steps} | HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f}")
-        out.record(step, "hella", acc_norm)
+    if accuracies:
+        print0(f"{step:5d}/{cfg.max_steps} | HellaSwag acc_norm {accuracies[1]:.4f} | acc {accuracies[0]:.4f}")
+        out.record(step, "hella", accuracies[1])
     with out.write("loss.png"):
         plot_losses(out.path, cfg.total_batch_size)
     sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
@@ -1185,7 +1202,7 @@ def run(given, shape):
     hellaswag = read_hellaswag(cfg.hellaswag) if cfg.hellaswag else []
     device = start_process(cfg.device)
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it (lecture 1:28:14)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it [1:28:14]
     if cfg.init_from == "resume":
         cfg, model, checkpoint = resume(cfg, given, shape)
     else:
@@ -1218,12 +1235,16 @@ def run(given, shape):
     return 0
 
 
-def main(argv=None):
+def main(argv=None):  # [3:59:39]
     """argv: list of flags, by default the command line's -> exit code."""
     try:
         return run(*parse_flags(argv))
     except UserError as e:
         print(f"train_gpt2.py: error: {e}" + f" [rank {RANK}]" * (WORLD_SIZE > 1), file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as e:
+        print(f"train_gpt2.py: error: out of memory; halve --batch_size, or take a smaller --model or "
+              f"--sequence_length ({first_line(e)})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

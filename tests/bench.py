@@ -21,7 +21,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt2 import GPT, GPTConfig, MODELS  # noqa: E402
+import train_gpt2  # noqa: E402
+from train_gpt2 import DataLoaderLite, GPT, GPTConfig, MODELS  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # Hello, I'm a language model,
 
@@ -73,7 +76,8 @@ def bench_sampling(args):
                                             max_new_tokens=n, min_new_tokens=n, pad_token_id=50256),
                     3 if args.quick else 7)
                 yield (f"sampling, gpt2, {str(dtype)[6:]}, batch {B}", f"{B * n / a:.1f} tok/s",
-                       f"{B * n / b:.1f} tok/s", b / a, f"{n_bytes * n / bandwidth / a:.0%} of {bandwidth / 1e9:.0f} GB/s")
+                       f"{B * n / b:.1f} tok/s", b / a,
+                       f"{n_bytes * n / bandwidth / a:.0%} of {bandwidth / 1e9:.0f} GB/s")
 
 
 # Loading runs in a process of its own, whose memory is counted while it works: RssAnon is what is private to the
@@ -123,7 +127,7 @@ def bench_loading(args):
 
             def load(way):
                 done = subprocess.run([sys.executable, "-c", LOADING, f"{folder}/model", name, way], text=True,
-                                      check=True, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+                                      check=True, stdout=subprocess.PIPE, cwd=ROOT)
                 return json.loads(done.stdout.splitlines()[-1])
 
             rounds = [(load("ours"), load("the lecture's")) for _ in range(3)]
@@ -132,14 +136,157 @@ def bench_loading(args):
                    f"{theirs[0]:.2f} s, {theirs[1]:.2f} x the weights", theirs[0] / ours[0], "")
 
 
-BENCHES = {"sampling": bench_sampling, "loading": bench_loading}
+class Worker:
+    """A process of this script that trains in one of the two ways, and waits while the other one is timed: each has the
+    memory settings that its users have."""
+
+    def __init__(self, way, shape):
+        self.process = subprocess.Popen([sys.executable, __file__, "--worker", way, *map(str, shape)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def steps(self, n):
+        """-> (seconds a step, peak memory in bytes), of n steps."""
+        print(n, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def worker(way, n_layer, n_embd, B, T):
+    """Trains as the Worker says: compiled, bfloat16 autocast, fused AdamW, the loss of all positions, no dropout."""
+    import resource
+    from transformers import GPT2Config, GPT2LMHeadModel
+    sys.stdout = sys.stderr  # stdout is for the answers alone
+    torch.manual_seed(0)
+    n_head, V, device = n_embd // 64 if n_embd >= 384 else 4, 50304, torch.device("cpu")
+    tokens = torch.randint(50257, (1_000_000,)).to(torch.uint16).numpy()
+    loader, autocast = DataLoaderLite([tokens], B, T, seed=0), torch.autocast("cpu", torch.bfloat16)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    if way == "ours":
+        train_gpt2.keep_freed_memory()
+        model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        optimizers = model.configure_optimizers("adamw", 0.1, 1e-4, "cpu")
+        compiled = train_gpt2.compile_model(model, loader, autocast, device)
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)]
+        module = torch.compile(model)
+
+        def compiled(x, y):
+            return None, module(x, labels=x).loss
+
+        compiled.parameters = model.parameters
+
+    def step():
+        train_gpt2.optimizer_step(compiled, loader, optimizers, scaler, autocast, device, 1e-4, 1.0, 1)
+
+    for line in sys.stdin:
+        took = seconds(lambda: [step() for _ in range(int(line))]) / int(line)
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps([took, peak]), file=sys.__stdout__, flush=True)
+
+
+def bench_training(args):
+    x = torch.randn(4096, 4096, dtype=torch.bfloat16)
+    peak = 2 * 4096**3 / statistics.median(seconds(lambda: x @ x) for _ in range(7))  # FLOP/s
+    for shape, n in ((4, 128, 12, 64), 12), ((6, 384, 8, 128), 8), ((12, 768, 4, 256), 3):
+        n_layer, n_embd, B, T = shape
+        workers = [Worker(way, shape) for way in ("ours", "transformers")]
+        for w in workers:
+            w.steps(2)  # compiles
+        rounds = [[w.steps(n) for w in workers] for _ in range(3 if args.quick else 7)]
+        (a, a_peak), (b, b_peak) = ([statistics.median(c) for c in zip(*column)] for column in zip(*rounds))
+        for w in workers:
+            w.close()
+        with torch.device("meta"):
+            n_params = sum(p.numel() for p in GPT(GPTConfig(T, 50304, n_layer, 4, n_embd)).parameters()) - T * n_embd
+        rate = B * T * (6 * n_params + 12 * n_layer * n_embd * T) / a
+        yield (f"training, {n_layer} layers, {n_embd} wide, B={B}, T={T}, bfloat16, compiled",
+               f"{1000 * a:.0f} ms, {B * T / a:.0f} tok/s, {a_peak / 1e9:.2f} GB",
+               f"{1000 * b:.0f} ms, {B * T / b:.0f} tok/s, {b_peak / 1e9:.2f} GB", b / a,
+               f"{rate / peak:.0%} of {peak / 1e12:.2f} TFLOP/s")
+
+
+def bench_tokenizing(args):
+    from transformers import AutoTokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=1)).save_pretrained(f"{folder}/model")
+        theirs = AutoTokenizer.from_pretrained(f"{folder}/model", model_max_length=10**9)
+    text, enc = (ROOT / "input.txt").read_text(), train_gpt2.get_tokenizer()
+    assert enc.encode(text) == theirs(text)["input_ids"]
+    a, b = alternate(lambda: enc.encode(text), lambda: theirs(text)["input_ids"], 3 if args.quick else 7)
+    yield "tokenizing input.txt", f"{a:.2f} s", f"{b:.2f} s", b / a, ""
+
+
+def bench_hellaswag(args):
+    from transformers import GPT2LMHeadModel
+    from test_hellaswag import made_examples, score_one_by_one
+    examples = made_examples(8 if args.quick else 24)
+    with tempfile.TemporaryDirectory() as folder:
+        random_gpt2("gpt2").save_pretrained(f"{folder}/model")
+        ours, theirs = GPT.from_pretrained(f"{folder}/model"), GPT2LMHeadModel.from_pretrained(f"{folder}/model")
+
+    class Theirs:  # what score_one_by_one wants of a model
+        config = ours.config
+
+        def __call__(self, idx):
+            return theirs(idx).logits, None
+
+    a, b = alternate(lambda: train_gpt2.evaluate_hellaswag(ours, examples),
+                     lambda: [score_one_by_one(Theirs(), context, endings) for context, endings, _ in examples], 3)
+    yield ("HellaSwag, gpt2, float32 (transformers: one ending at a time)", f"{len(examples) / a:.2f} examples/s",
+           f"{len(examples) / b:.2f} examples/s", b / a, "")
+
+
+def bench_startup(args):
+    def run(*command):
+        with tempfile.TemporaryDirectory() as folder:
+            return seconds(lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL))
+
+    flags = ["--data", ROOT / "input.txt", "--max_steps=1", "--eval_every=0", "--save_every=0", "--num_samples=0",
+             "--no-compile"]
+    rows = {"--help (beside import torch)": (["--help"], "import torch"),
+            "start, one training step, export (beside import transformers' GPT-2)": (
+                flags, "from transformers import GPT2LMHeadModel")}
+    for name, (ours, theirs) in rows.items():
+        a, b = alternate(lambda: run(sys.executable, ROOT / "train_gpt2.py", *ours),
+                         lambda: run(sys.executable, "-c", theirs), 3)
+        yield f"start-up: {name}", f"{a:.2f} s", f"{b:.2f} s", b / a, ""
+
+
+def bench_ranks(args):
+    """Two processes with a thread each beside one process with two threads, on the same total batch."""
+    def run(n):
+        flags = ["--data", ROOT / "input.txt", "--max_steps=11", "--eval_every=0", "--save_every=0", "--num_samples=0",
+                 "--log_every=10", "--no-compile", f"--batch_size={16 // n}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+        with tempfile.TemporaryDirectory() as folder:
+            out = subprocess.run([*command, ROOT / "train_gpt2.py", *flags], cwd=folder, check=True, text=True,
+                                 env={**os.environ, "OMP_NUM_THREADS": str(2 // n)}, stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL).stdout
+        return float(next(line for line in out.splitlines() if " tok/s" in line).split(" tok/s")[0].split()[-1])
+
+    rounds = [(run(2), run(1)) for _ in range(1 if args.quick else 3)]
+    two, one = (statistics.median(column) for column in zip(*rounds))
+    yield ("two gloo processes (beside one with two threads), nano, not compiled", f"{two:.0f} tok/s",
+           f"{one:.0f} tok/s", two / one, "")
+
+
+BENCHES = {"training": bench_training, "sampling": bench_sampling, "loading": bench_loading,
+           "startup": bench_startup, "tokenizing": bench_tokenizing, "hellaswag": bench_hellaswag, "ranks": bench_ranks}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="benches to run, of " + ", ".join(BENCHES))
     parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds, and not the largest model")
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker[0], *map(int, args.worker[1:]))
     import transformers
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()

@@ -44,7 +44,7 @@ def test_two_processes_train_like_one(torchrun, tmp_path):
         "--log_every=1", "--num_samples=0", "--max_new_tokens=4", "--no-compile", "--device=cpu", "--dtype=float32",
         "--optimizer=adamw", "--save_every=10", "--max_lr=1e-3", "--min_lr=1e-4", f"--hellaswag={hellaswag}"]
     one = torchrun(1, *flags, "--batch_size=16", "--out_dir=one")
-    two = torchrun(2, *flags, "--batch_size=4", "--out_dir=two")  # 2 micro-steps each; 96 windows, so more than 3 epochs
+    two = torchrun(2, *flags, "--batch_size=4", "--out_dir=two")  # 2 micro-steps, 3 epochs
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     expected = records(tmp_path / "one" / "log.txt")
     assert len(expected) == 26
