@@ -951,6 +951,9 @@ def load_checkpoint(path):
         raise UserError(f"{path} is no checkpoint of this program, or a broken one: {first_line(e)}") from e
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is no checkpoint of this program, or one of another version of it")
+    for key, config in ("config", GPTConfig), ("train_config", TrainConfig):
+        if differing := {f.name for f in fields(config)} ^ set(checkpoint[key]):
+            raise UserError(f"{path} is of another version of this program, with other flags: {', '.join(differing)}")
     return checkpoint
 
 
@@ -1009,22 +1012,30 @@ class OutDir:
             f.write(f"{step} {stream} {value:.6f}\n")
 
 
-def catch_signals():
-    """-> a list that receives the number of the first SIGINT (Ctrl-C) or SIGTERM; a second one stops at once."""
+@contextmanager
+def caught_signals():
+    """Gives a list that receives the number of the first SIGINT (Ctrl-C) or SIGTERM; a second one stops at once."""
     received = []
 
     def receive(number, frame):
         received.append(number)
-        print0(f"\n{signal.Signals(number).name}: finishing this step; once more stops at once")
+        if RANK == 0:  # with os.write, because a print may just be under way
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step; once more stops at once\n".encode())
+        release()
+
+    def release():
         for n in before:
             signal.signal(n, before[n])
 
     before = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
-    return received
+    try:
+        yield received
+    finally:
+        release()
 
 
 def signal_to_stop(received, step, cfg, device):
-    """received: the list of catch_signals -> number of the signal on which all processes stop now, or 0."""
+    """received: the list of caught_signals -> number of the signal on which all processes stop now, or 0."""
     if WORLD_SIZE > 1 and device.type == "cuda" and not due(step, cfg.log_every, cfg):
         return 0  # asking the others makes the GPU wait
     in_all = sum_over_ranks(sum(received), len(received))
@@ -1056,11 +1067,11 @@ def restore(checkpoint, optimizers, scaler, loader):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # decay and the like are the flags'
 
 
-def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast):  # [56:42]
+def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signals):  # [56:42]
     """
     Trains raw_model in place up to cfg.max_steps updates, from the checkpoint's state if there is one; leaves log.txt,
-    loss.png and ckpt.pt in cfg.out_dir. step is the number of updates done. -> 0, or the number of the signal that
-    ended it early. Raises UserError where the data, the losses or the disk make going on senseless.
+    loss.png and ckpt.pt in cfg.out_dir. step is the number of updates done. -> 0, or the one of the signals that ended
+    it early. Raises UserError where the data, the losses or the disk make going on senseless.
     """
     loader, val_loader = make_loaders(cfg, raw_model.config)
     grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.sequence_length * WORLD_SIZE)
@@ -1075,7 +1086,6 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast):  # [5
     if WORLD_SIZE > 1:
         model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    signals = catch_signals()
     marked, mark = start, time.perf_counter()  # the step of the last log line, and when it was
 
     for step in range(start, cfg.max_steps + 1):
@@ -1164,8 +1174,12 @@ def print_step(cfg, raw_model, dtype, device, step, loss, lr, norm, seconds):
 # 7 Main
 
 
-def make_model(cfg, shape):
-    """-> GPT from random or from HuggingFace's weights; shape: the GPTConfig fields that replace those of the row."""
+def make_model(cfg, shape, checkpoint):
+    """-> GPT with random weights, HuggingFace's or the checkpoint's. shape: GPTConfig fields that replace the row's."""
+    if checkpoint:
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model
     if cfg.init_from == "pretrained":
         if shape:
             raise UserError(f"--{next(iter(shape))} does not go with --init_from pretrained: a model has its own shape")
@@ -1177,18 +1191,17 @@ def make_model(cfg, shape):
 
 
 def resume(cfg, given, shape):
-    """-> (cfg, model, checkpoint): the checkpoint's run, with the given flags where they may change in its midst."""
+    """-> (the TrainConfig of the checkpoint in cfg.out_dir with the given flags in it, the checkpoint). Raises
+    UserError for a flag that contradicts what was trained."""
     path = Path(cfg.out_dir) / "ckpt.pt"
     checkpoint = load_checkpoint(path)
     was = checkpoint["train_config"] | checkpoint["config"]
     for name, value in (given | shape).items():
         if value != was[name] and name in {"model", "optimizer", "seed", "shuffle", "sequence_length", *shape}:
             raise UserError(f"--{name} {value} contradicts {path}, which was made with {was[name]}")
-    cfg = TrainConfig(**(checkpoint["train_config"] | given | {"init_from": "resume", "out_dir": cfg.out_dir}))
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    print0(f"resuming {path} at step {checkpoint['step']} with its own settings and the flags given now")
-    return cfg, model, checkpoint
+    print0(f"resuming {path} at step {checkpoint['step']}, with its settings and the flags given now")
+    cfg = checkpoint["train_config"] | given | {"init_from": "resume", "out_dir": cfg.out_dir}
+    return TrainConfig(**cfg), checkpoint
 
 
 def run(given, shape):
@@ -1196,18 +1209,17 @@ def run(given, shape):
     -> exit code."""
     cfg, checkpoint = TrainConfig(**given), None
     path = Path(cfg.out_dir) / "ckpt.pt"
-    if cfg.max_steps and cfg.init_from != "resume" and not cfg.overwrite and path.exists():
+    if cfg.init_from == "resume":
+        cfg, checkpoint = resume(cfg, given, shape)
+    elif cfg.max_steps and not cfg.overwrite and path.exists():
         raise UserError(f"{path} holds the checkpoint of an earlier run: go on with it (--init_from resume), keep it "
                         "(another --out_dir), or lose it (--overwrite)")
     hellaswag = read_hellaswag(cfg.hellaswag) if cfg.hellaswag else []
     device = start_process(cfg.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is multiplied [1:28:14]
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it [1:28:14]
-    if cfg.init_from == "resume":
-        cfg, model, checkpoint = resume(cfg, given, shape)
-    else:
-        model = make_model(cfg, shape)
-    model.to(device)
+    model = make_model(cfg, shape, checkpoint).to(device)
     dtype, why = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and device.type != "mps")
     print0(f"model {cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}")
@@ -1216,23 +1228,29 @@ def run(given, shape):
     if cfg.max_steps:
         if device.type == "cpu":
             keep_freed_memory()
-        if stopped_by := train(cfg, model.float(), checkpoint, hellaswag, device, dtype, autocast):
-            return 128 + stopped_by
+        with caught_signals() as signals:
+            if stopped_by := train(cfg, model.float(), checkpoint, hellaswag, device, dtype, autocast, signals):
+                return 128 + stopped_by
     elif hellaswag:
         acc, acc_norm = evaluate_hellaswag(model, hellaswag)
         print0(f"HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f} | {len(hellaswag)} examples")
-    if RANK > 0:
-        return 0
+    if RANK == 0:
+        finish(cfg, model, device, dtype)
+    return 0
+
+
+def finish(cfg, model, device, dtype):
+    """Exports what was trained, prints the samples and says which files there are."""
+    out_dir = Path(cfg.out_dir)
     if cfg.max_steps:
-        model.save_pretrained(Path(cfg.out_dir) / "model")
+        model.save_pretrained(out_dir / "model")
     elif device.type != "mps":
         model.to(dtype)  # weights of half the size are read in half the time
     if cfg.num_samples:
         sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
     if cfg.max_steps:
-        files = [name for name in ("log.txt", "loss.png", "ckpt.pt", "model") if (Path(cfg.out_dir) / name).exists()]
-        print0(f"{cfg.out_dir}/ holds {', '.join(files)}")
-    return 0
+        files = [name for name in ("log.txt", "loss.png", "ckpt.pt", "model") if (out_dir / name).exists()]
+        print0(f"{out_dir}/ holds {', '.join(files)}")
 
 
 def main(argv=None):  # [3:59:39]

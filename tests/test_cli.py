@@ -69,6 +69,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
         train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--n_layer=3"]))
     with pytest.raises(UserError, match="--seed 2 contradicts parts/ckpt.pt, which was made with 1337"):
         train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--seed=2"]))
+    assert main(["--init_from=resume", "--out_dir=parts", "--max_steps=0"]) == 0  # only samples
     assert main(["--init_from=resume", "--out_dir=parts", "--max_steps=26", "--max_lr=1e-4", "--min_lr=1e-5"]) == 0
     assert load_checkpoint(Path("parts/ckpt.pt"))["step"] == 26
 

@@ -1,6 +1,7 @@
 """Schedule, accumulation, evaluation and the checkpoint."""
 import math
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_impossible_values(field, value):
 
 def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    train_gpt2.save_checkpoint(path, step=1)
+    configs = dict(config=asdict(GPTConfig()), train_config=asdict(TrainConfig()))
+    train_gpt2.save_checkpoint(path, step=1, **configs)
 
     def full_disk(state, f):
         f.write(b"half")
@@ -102,8 +104,14 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError):
-        train_gpt2.save_checkpoint(path, step=2)
+        train_gpt2.save_checkpoint(path, step=2, **configs)
     assert train_gpt2.load_checkpoint(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    configs["train_config"]["dropout"] = configs["train_config"].pop("seed")
+    train_gpt2.save_checkpoint(path, step=3, **configs)
+    with pytest.raises(UserError, match="another version of this program, with other flags: (seed|dropout)"):
+        train_gpt2.load_checkpoint(path)
 
 
 class Evil:
