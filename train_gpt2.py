@@ -551,7 +551,7 @@ def load_tokens(path, split, out_dir):
         raise UserError(f"--data {path} cannot be read: {e.strerror or e}") from e
 
 
-SHARD_MAGIC = 20240520  # the first of the 256 int32 before the tokens; then come the version, 1, and their number
+SHARD_MAGIC = 20240520  # the first of 256 int32 before the tokens; then come the version, 1, and the tokens' number
 
 
 def open_shard(path):  # [3:10:21]
@@ -565,10 +565,10 @@ def open_shard(path):  # [3:10:21]
             if tokens.dtype != np.uint16 or tokens.ndim != 1:
                 raise ValueError(f"it has the shape {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
             return tokens
-        header = np.fromfile(path, dtype="<i4", count=256)
+        header = np.fromfile(path, dtype="<u4", count=256)
         if len(header) == 256 and header[0] == SHARD_MAGIC and header[1] == 1:
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=header.nbytes)
-            if len(tokens) != header[2]:
+            if len(tokens) % 2**32 != header[2]:
                 raise ValueError(f"its header says {header[2]} tokens, but it holds {len(tokens)}")
             return tokens
         if path.name not in ("train.bin", "val.bin"):
@@ -588,7 +588,8 @@ def tokenize(path, split, out_dir):
     out_dir, once as long as the text does not change; rank 0 writes it and the others wait for it."""
     stat = path.stat()
     large = stat.st_size > TEXT_IN_MEMORY
-    target = out_dir / f"{path.stem}-{zlib.crc32(f'{path.resolve()} {stat}'.encode()):08x}-{split}.bin"
+    version = zlib.crc32(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())  # another if the text changes
+    target = out_dir / f"{path.stem}-{version:08x}-{split}.bin"
     while large and RANK > 0 and not target.exists():
         time.sleep(1)
     if large and target.exists():
@@ -608,7 +609,7 @@ def tokenize(path, split, out_dir):
             array.tofile(f)
             count += len(array)
         f.seek(0)
-        np.array([SHARD_MAGIC, 1, count] + [0] * 253, dtype="<i4").tofile(f)
+        np.array([SHARD_MAGIC, 1, count % 2**32] + [0] * 253, dtype="<u4").tofile(f)
     return open_shard(target)
 
 
@@ -701,16 +702,18 @@ def evaluate(model, loader, max_batches, autocast, device):
 
 def read_hellaswag(path):
     """path: a HellaSwag .jsonl -> list of (context, list of endings, number of the right one). Raises UserError."""
-    examples = []
+    examples, number = [], 0
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             example = json.loads(line)
             examples.append((str(example["ctx"]), list(map(str, example["endings"])), int(example["label"])))
-            examples[-1][1][examples[-1][2]]  # raises IndexError if there is no such ending
+            range(len(examples[-1][1])).index(examples[-1][2])  # raises ValueError if there is no such ending
     except OSError as e:
         raise UserError(f"--hellaswag {path} cannot be read: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, IndexError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"--hellaswag {path} is broken in line {number}: {type(e).__name__} {first_line(e)}") from e
+    if not examples:
+        raise UserError(f"--hellaswag {path} is empty")
     return examples
 
 
@@ -727,8 +730,8 @@ def evaluate_hellaswag(model, examples):  # [3:28:23]
     for batch in progress(batches[RANK::WORLD_SIZE], "HellaSwag"):
         rows = []  # (tokens, how many of them are the ending's)
         for context, endings, _ in batch:
-            context = enc.encode(context)
-            for ending in map(enc.encode, (" " + e for e in endings)):
+            context = enc.encode_ordinary(context) or [EOT]
+            for ending in (enc.encode_ordinary(" " + ending) for ending in endings):
                 tokens = (context + ending)[-model.config.block_size:]
                 rows.append((tokens, min(len(ending), len(tokens) - 1)))
         idx = torch.zeros(len(rows), max(len(tokens) for tokens, _ in rows), dtype=torch.long)  # (rows, T)
@@ -774,7 +777,7 @@ def sample(model, cfg, num_samples, max_new_tokens):
     for i, new in enumerate(idx[:, len(prompt):].tolist() if not alone else []):
         text = enc.decode(prompt + new[:new.index(EOT) if EOT in new else None])
         print0(f"--- sample {i + 1} of {num_samples}\n{text}")
-    print0("\n---" if alone else "---")
+    print0(f"{decoder.decode(b'', final=True)}\n---" if alone else "---")
 
 
 def read_log(path):

@@ -86,13 +86,18 @@ def test_against_a_scorer_without_batches():
 
 
 @pytest.mark.parametrize("line", [
-    "{", "[]", '{"ctx": "a", "endings": ["b"]}', '{"ctx": "a", "endings": ["b"], "label": 1}',
+    "{", "[]", '{"ctx": "a", "endings": ["b"]}', '{"ctx": "a", "endings": ["b"], "label": 1}', '{"ctx": "a", "endings": ["b"], "label": -1}',
     '{"ctx": "a", "endings": 3, "label": 0}', '{"ctx": "a", "endings": ["b"], "label": ""}'])
 def test_a_broken_line_is_named(tmp_path, line):
     path = write(tmp_path / "h.jsonl", made_examples(2))
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=r"h\.jsonl is broken in line 3"):
         read_hellaswag(path)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="h.jsonl is empty"):
+        read_hellaswag(write(tmp_path / "h.jsonl", []))
 
 
 def test_through_the_command_line(cli, text, tmp_path):
