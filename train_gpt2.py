@@ -14,6 +14,7 @@ import codecs
 import ctypes
 import difflib
 import functools
+import gc
 import importlib.util
 import inspect
 import json
@@ -67,7 +68,7 @@ class GPTConfig:
             raise UserError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
 
 
-MODELS = {
+MODELS = {  # the sizes by name; a row goes before GPTConfig's defaults, a flag before both
     "nano": dict(n_layer=4, n_head=4, n_embd=128, block_size=64),  # a laptop's
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
@@ -320,7 +321,7 @@ class GPT(nn.Module):
                 sd[k] = torch.cat([rows.t() for rows in sd_hf[k].split(64)], dim=1)
             else:
                 sd[k] = sd_hf[k].clone()
-        if broken := [k for k, w in sd.items() if not w.sum().isfinite()]:
+        if broken := [k for k, w in sd.items() if not w.sum(dtype=torch.float32).isfinite()]:
             print0(f"warning: {name_or_folder} holds numbers that are not finite, in {', '.join(sorted(broken))}")
         sd["lm_head.weight"] = sd["transformer.wte.weight"]
         model.load_state_dict(sd, assign=True)
@@ -417,6 +418,8 @@ def load_huggingface(name_or_folder):  # [3:39]
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error below
     transformers.utils.logging.disable_progress_bar()
     if not Path(name_or_folder).is_dir():
+        if str(name_or_folder).count("/") > 1 or str(name_or_folder).startswith((".", "/", "~")):
+            raise UserError(f"there is no folder {name_or_folder} to load a model from")
         print0(f"{name_or_folder} is no folder here; asking HuggingFace's cache and hub for a model of that name")
     try:
         hf = transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
@@ -456,7 +459,7 @@ GPT2_SETTINGS = {  # of HuggingFace's config.json, with the values that our GPT 
 @contextmanager
 def whole_file(path):
     """Gives a temporary file to write to, which takes path's place at the end; on an error nothing changes."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.tmp{RANK or ''}")
     try:
         with open(temporary, "wb") as f:
             yield f
@@ -472,7 +475,7 @@ def whole_file(path):
 def whole_folder(folder):
     """Gives a temporary folder to write to, which takes folder's place at the end; on an error nothing changes."""
     try:
-        if folder.exists() and {p.name for p in folder.iterdir()} - EXPORTED_FILES:
+        if folder.exists() and {p.name for p in folder.iterdir() if p.name[0] != "."} - EXPORTED_FILES:
             raise UserError(f"{folder} holds other files than an exported model's; give another folder")
         new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
         for leftover in new, old:
@@ -585,12 +588,12 @@ TEXT_IN_MEMORY = 2**26  # bytes; the tokens of a larger text are kept in a file
 
 def tokenize(path, split, out_dir):
     """-> (N,) uint16, the tokens of the split's part of a text. Those of a large text are written to a token file in
-    out_dir, once as long as the text does not change; rank 0 writes it and the others wait for it."""
+    out_dir, once as long as the text does not change, by one process of each machine, for which the others wait."""
     stat = path.stat()
     large = stat.st_size > TEXT_IN_MEMORY
     version = zlib.crc32(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())  # another if the text changes
     target = out_dir / f"{path.stem}-{version:08x}-{split}.bin"
-    while large and RANK > 0 and not target.exists():
+    while large and LOCAL_RANK > 0 and not target.exists():
         time.sleep(1)
     if large and target.exists():
         return open_shard(target)
@@ -617,13 +620,14 @@ def text_pieces(path, begin, end):
     """Yields the characters from begin to end of a text in pieces. A piece ends behind a word and before white space,
     which no token of GPT-2 spans, so that the pieces have the same tokens as the whole."""
     with open(path, encoding="utf-8") as f:
-        while begin > 0:
-            begin, end = begin - (n := len(f.read(min(PIECE, begin)))), end - n
-        text = ""
-        while end > 0 and (more := f.read(min(PIECE, end))):
-            text, end = text + more, end - len(more)
-            words = [m.end() - 1000 for m in re.finditer(r"\S(?=[ \n])", text[-1000:].rjust(1000))]
-            cut = len(text) + words[-1] if words and end else len(text)
+        position, text = 0, ""
+        while position < begin:
+            position += len(f.read(min(PIECE, begin - position)))
+        while position < end and (more := f.read(min(PIECE, end - position))):
+            position += len(more)
+            text += more
+            last_words = re.compile(r"\S(?=[ \n])").finditer(text, max(0, len(text) - 1000))
+            cut = max((m.end() for m in last_words), default=len(text)) if position < end else len(text)
             yield text[:cut]
             text = text[cut:]
 
@@ -646,10 +650,11 @@ class DataLoaderLite:  # [1:02:00]
 
     @functools.lru_cache(maxsize=2)  # a batch can reach into the next epoch
     def shard_order(self, epoch):
-        """-> the shards in the order they are read, and the number of windows up to the end of each."""
+        """-> the shards in the order they are read, and for each the place in the epoch of its first window."""
         n = len(self.shards)
         order = np.arange(n) if self.seed is None else np.random.default_rng((self.seed, epoch)).permutation(n)
-        return order, np.cumsum([self.windows[shard] for shard in order])
+        order = [int(shard) for shard in order if self.windows[shard]]
+        return order, np.cumsum([0] + [self.windows[shard] for shard in order[:-1]])
 
     @functools.lru_cache(maxsize=2)  # and into the next shard
     def window_order(self, epoch, shard):
@@ -665,10 +670,10 @@ class DataLoaderLite:  # [1:02:00]
         rows = []
         for position in positions:
             epoch, i = divmod(position, self.n_windows)
-            order, ends = self.shard_order(epoch)
-            k = np.searchsorted(ends, i, side="right")
-            offset, windows = self.window_order(epoch, int(order[k]))
-            start = offset + windows[i - ends[k]] * self.T  # i - ends[k] counts from the end of the shard's windows
+            order, firsts = self.shard_order(epoch)
+            k = np.searchsorted(firsts, i, side="right") - 1
+            offset, windows = self.window_order(epoch, order[k])
+            start = offset + windows[i - firsts[k]] * self.T
             rows.append(self.shards[order[k]][start:start + self.T + 1])
         buf = np.stack(rows)  # (B, T + 1)
         if buf.max() >= self.vocab_size:
@@ -704,7 +709,9 @@ def read_hellaswag(path):
     """path: a HellaSwag .jsonl -> list of (context, list of endings, number of the right one). Raises UserError."""
     examples, number = [], 0
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(open(path, encoding="utf-8"), 1):
+            if not line.strip():
+                continue
             example = json.loads(line)
             examples.append((str(example["ctx"]), list(map(str, example["endings"])), int(example["label"])))
             range(len(examples[-1][1])).index(examples[-1][2])  # raises ValueError if there is no such ending
@@ -738,6 +745,8 @@ def evaluate_hellaswag(model, examples):  # [3:28:23]
         mask = torch.zeros(idx.shape)  # 1 at the ending's tokens
         for i, (tokens, n) in enumerate(rows):  # padded on the right, where causal attention does not look
             idx[i, :len(tokens)], mask[i, len(tokens) - n:len(tokens)] = torch.tensor(tokens), 1
+        if idx.max() >= model.config.vocab_size:
+            raise UserError(f"HellaSwag has token {idx.max()}, but the model's vocab_size is {model.config.vocab_size}")
         idx, mask = idx.to(device), mask[:, 1:].to(device)
         logits = model(idx)[0][:, :-1].float()  # (rows, T - 1, V)
         losses = F.cross_entropy(logits.transpose(1, 2), idx[:, 1:], reduction="none") * mask  # (rows, T - 1)
@@ -905,7 +914,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if device.type == "cpu" and not norm.isfinite():  # a GPU would have to wait for the answer
+    if device.type == "cpu" and not scaler.is_enabled() and not norm.isfinite():  # a GPU would have to wait for this
         return total_loss, norm
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -1127,7 +1136,9 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
     if RANK == 0 and out.trouble:
         raise UserError("; ".join(f"{out.path / name} could not be written: {e}" for name, e in out.trouble.items()))
     if stop:
-        print0(f"stopped at step {step}; --init_from resume --out_dir {cfg.out_dir} goes on from the last checkpoint")
+        saved = step > 0 and cfg.save_every
+        print0(f"stopped at step {step}; " + (f"--init_from resume --out_dir {cfg.out_dir} goes on from there" if saved
+                                              else "nothing was saved"))
     elif best_val_loss < math.inf:
         print0(f"best validation loss {best_val_loss:.4f}")
     return stop
@@ -1149,9 +1160,8 @@ def check_finite(step, loss, norm, scaler, cfg):
     """Raises UserError if the loss or the gradient of update number step, from 1, is not finite."""
     if loss.isfinite() and (norm.isfinite() or scaler.is_enabled()):  # a GradScaler finds its scale by such gradients
         return
-    kept = f"{cfg.out_dir}/ckpt.pt is of an earlier step" if cfg.save_every else "nothing was saved"
     raise UserError(f"step {step}: the loss is {loss.item()} and the gradient's norm {norm.item()}; stopped without "
-                    f"saving ({kept}). Try a lower --max_lr, more --warmup_steps, or --dtype float32")
+                    "saving. Try a lower --max_lr, more --warmup_steps, or --dtype float32")
 
 
 # Dense bfloat16 FLOP/s of GPUs, from their makers' datasheets, by a part of the name that CUDA gives them.
@@ -1202,9 +1212,12 @@ def resume(cfg, given, shape):
     for name, value in (given | shape).items():
         if value != was[name] and name in {"model", "optimizer", "seed", "shuffle", "sequence_length", *shape}:
             raise UserError(f"--{name} {value} contradicts {path}, which was made with {was[name]}")
+    cfg = TrainConfig(**checkpoint["train_config"] | given | {"init_from": "resume", "out_dir": cfg.out_dir})
+    if 0 < cfg.max_steps < checkpoint["step"]:
+        raise UserError(f"{path} is of step {checkpoint['step']} already; --max_steps {cfg.max_steps} counts from the "
+                        "start of the run")
     print0(f"resuming {path} at step {checkpoint['step']}, with its settings and the flags given now")
-    cfg = checkpoint["train_config"] | given | {"init_from": "resume", "out_dir": cfg.out_dir}
-    return TrainConfig(**cfg), checkpoint
+    return cfg, checkpoint
 
 
 def run(given, shape):
@@ -1226,8 +1239,9 @@ def run(given, shape):
     dtype, why = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and device.type != "mps")
     print0(f"model {cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}")
-    print0(f"device {device} x {WORLD_SIZE} | {str(dtype)[6:]} products: {why} | attention: flash where "
-           f"scaled_dot_product_attention has it | compile: {cfg.compile} | optimizer: {cfg.optimizer}")
+    print0(f"device {device} x {WORLD_SIZE} | products in {str(dtype)[6:]}, because: {why} | "
+           f"attention: scaled_dot_product_attention | torch.compile: {'on' if cfg.compile else 'off'} | "
+           f"optimizer: {cfg.optimizer}")
     if cfg.max_steps:
         if device.type == "cpu":
             keep_freed_memory()
@@ -1239,6 +1253,9 @@ def run(given, shape):
         print0(f"HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f} | {len(hellaswag)} examples")
     if RANK == 0:
         finish(cfg, model, device, dtype)
+    if WORLD_SIZE > 1:
+        gc.collect()  # DDP's cycles hold the group, whose threads must end before the interpreter does
+        dist.barrier()
     return 0
 
 

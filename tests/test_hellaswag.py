@@ -86,8 +86,9 @@ def test_against_a_scorer_without_batches():
 
 
 @pytest.mark.parametrize("line", [
-    "{", "[]", '{"ctx": "a", "endings": ["b"]}', '{"ctx": "a", "endings": ["b"], "label": 1}', '{"ctx": "a", "endings": ["b"], "label": -1}',
-    '{"ctx": "a", "endings": 3, "label": 0}', '{"ctx": "a", "endings": ["b"], "label": ""}'])
+    "{", "[]", '{"ctx": "a", "endings": ["b"]}', '{"ctx": "a", "endings": ["b"], "label": 1}',
+    '{"ctx": "a", "endings": ["b"], "label": -1}', '{"ctx": "a", "endings": 3, "label": 0}',
+    '{"ctx": "a", "endings": ["b"], "label": ""}'])
 def test_a_broken_line_is_named(tmp_path, line):
     path = write(tmp_path / "h.jsonl", made_examples(2))
     path.write_text(path.read_text() + line + "\n")

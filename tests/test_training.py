@@ -127,3 +127,14 @@ def test_strange_checkpoints_are_refused_and_run_nothing(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match="ckpt.pt is no checkpoint of this program"):
         train_gpt2.load_checkpoint(path)
     assert not (tmp_path / "evil").exists()
+
+
+def test_float16_on_a_cpu_survives_overflowing_gradients(make):
+    model, optimizers, loader = make(4)
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    for _ in range(30):  # the scale halves with each step until the gradients fit
+        optimizer_step(model, loader, optimizers, scaler, torch.autocast("cpu", torch.float16), CPU, 1e-3, 1.0, 1)
+    assert scaler.get_scale() < 2.0**40
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
