@@ -742,14 +742,15 @@ def evaluate_hellaswag(model, examples):  # [3:28:23]
                 tokens = (context + ending)[-model.config.block_size:]
                 rows.append((tokens, min(len(ending), len(tokens) - 1)))
         idx = torch.zeros(len(rows), max(len(tokens) for tokens, _ in rows), dtype=torch.long)  # (rows, T)
-        mask = torch.zeros(idx.shape)  # 1 at the ending's tokens
+        mask = torch.zeros(idx.shape, dtype=torch.bool)  # the endings' tokens
         for i, (tokens, n) in enumerate(rows):  # padded on the right, where causal attention does not look
-            idx[i, :len(tokens)], mask[i, len(tokens) - n:len(tokens)] = torch.tensor(tokens), 1
+            idx[i, :len(tokens)], mask[i, len(tokens) - n:len(tokens)] = torch.tensor(tokens), True
         if idx.max() >= model.config.vocab_size:
             raise UserError(f"HellaSwag has token {idx.max()}, but the model's vocab_size is {model.config.vocab_size}")
         idx, mask = idx.to(device), mask[:, 1:].to(device)
-        logits = model(idx)[0][:, :-1].float()  # (rows, T - 1, V)
-        losses = F.cross_entropy(logits.transpose(1, 2), idx[:, 1:], reduction="none") * mask  # (rows, T - 1)
+        logits = model(idx)[0][:, :-1][mask].float()  # (tokens of all endings, V)
+        losses = torch.zeros(mask.shape, device=device)  # (rows, T - 1)
+        losses[mask] = F.cross_entropy(logits, idx[:, 1:][mask], reduction="none")
         start = 0
         for _, endings, label in batch:
             sums, counts = (x[start:start + len(endings)].sum(1) for x in (losses, mask))

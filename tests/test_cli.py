@@ -69,7 +69,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
         train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--n_layer=3"]))
     with pytest.raises(UserError, match="--seed 2 contradicts parts/ckpt.pt, which was made with 1337"):
         train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--seed=2"]))
-    with pytest.raises(UserError, match="parts/ckpt.pt is of step 24 already; --max_steps 23 counts from the start of the run"):
+    with pytest.raises(UserError, match="parts/ckpt.pt is of step 24 already; --max_steps 23 counts from the start"):
         train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--max_steps=23"]))
     assert main(["--init_from=resume", "--out_dir=parts", "--max_steps=0"]) == 0  # only samples
     assert main(["--init_from=resume", "--out_dir=parts", "--max_steps=26", "--max_lr=1e-4", "--min_lr=1e-5"]) == 0
