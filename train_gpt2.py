@@ -1034,17 +1034,15 @@ def caught_signals():
         received.append(number)
         if RANK == 0:  # with os.write, because a print may just be under way
             os.write(2, f"\n{signal.Signals(number).name}: finishing this step; once more stops at once\n".encode())
-        release()
-
-    def release():
-        for n in before:
-            signal.signal(n, before[n])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     before = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        release()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def signal_to_stop(received, step, cfg, device):
