@@ -1,5 +1,6 @@
 """Two processes through torchrun against one, on the CPU."""
 import os
+import shutil
 import subprocess
 import sys
 
@@ -65,8 +66,8 @@ def test_a_batch_that_the_processes_cannot_share(torchrun, text):
     assert "--batch_size 16 x --sequence_length 64 x 2 processes" in done.stderr
 
 
-def test_a_process_that_dies_ends_the_run(tmp_path, text):
-    """The other one ends too, soon, and what was saved is whole."""
+def test_a_process_that_dies_ends_the_run_and_resuming_makes_it_whole(torchrun, tmp_path, text):
+    """The other process ends too, soon; two processes go on to the same bits, one to the same within rounding."""
     code = ("import os, sys, train_gpt2\n"
             "step = train_gpt2.optimizer_step\n"
             "def dies(model, loader, *args):\n"
@@ -77,10 +78,21 @@ def test_a_process_that_dies_ends_the_run(tmp_path, text):
     (tmp_path / "dies.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dies.py"]
     flags = [f"--{name}={value}" for name, value in NANO.items()] + [
-        f"--data={text}", "--sequence_length=16", "--batch_size=4", "--total_batch_size=128", "--max_steps=50",
-        "--save_every=1", "--eval_every=0", "--num_samples=0", "--no-compile", "--device=cpu"]
+        f"--data={text}", "--sequence_length=16", "--batch_size=4", "--total_batch_size=128", "--max_steps=8",
+        "--save_every=1", "--eval_every=0", "--num_samples=0", "--no-compile", "--device=cpu", "--dtype=float32",
+        "--optimizer=adamw", "--max_lr=1e-3", "--min_lr=1e-4"]
     done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=100,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0
     checkpoint = load_checkpoint(tmp_path / "log" / "ckpt.pt")
     assert checkpoint["step"] in (2, 3) and all(torch.isfinite(w).all() for w in checkpoint["model"].values())
+
+    shutil.copytree(tmp_path / "log", tmp_path / "alone")
+    assert torchrun(2, *flags, "--out_dir=whole").returncode == 0
+    assert torchrun(2, "--init_from=resume").returncode == 0
+    assert torchrun(1, "--init_from=resume", "--out_dir=alone").returncode == 0
+    whole, two, one = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "log", "alone"))
+    assert whole["step"] == two["step"] == one["step"] == 8
+    torch.testing.assert_close(two["model"], whole["model"], atol=0, rtol=0)
+    torch.testing.assert_close(one["model"], whole["model"], atol=1e-4, rtol=1e-3)
+    assert (tmp_path / "log" / "log.txt").read_text() == (tmp_path / "whole" / "log.txt").read_text()
