@@ -1003,12 +1003,10 @@ class OutDir:
             if not step:
                 (self.path / "ckpt.pt").unlink(missing_ok=True)  # or a run that ends early would resume the one before
             kept = [record for record in read_log(self.path / "log.txt") if record[0] <= step] if step else []
-            with self.write("log.txt"), whole_file(self.path / "log.txt") as f:
+            with whole_file(self.path / "log.txt") as f:
                 f.writelines(b"%d %s %.6f\n" % (n, stream.encode(), value) for n, stream, value in kept)
         except OSError as e:
             raise UserError(f"--out_dir {path} cannot be written to: {e.strerror or e}") from e
-        if self.trouble:
-            raise UserError(f"--out_dir {path} cannot be written to: {self.trouble['log.txt']}")
 
     @contextmanager
     def write(self, name):
@@ -1049,8 +1047,8 @@ def signal_to_stop(received, step, cfg, device):
     """received: the list of caught_signals -> number of the signal on which all processes stop now, or 0."""
     if WORLD_SIZE > 1 and device.type == "cuda" and not due(step, cfg.log_every, cfg):
         return 0  # asking the others makes the GPU wait
-    in_all = sum_over_ranks(sum(received), len(received))
-    return in_all[1] and int(in_all[0] / in_all[1])
+    anywhere = sum_over_ranks(len(received))[0] > 0
+    return (received or [signal.SIGTERM])[0] if anywhere else 0
 
 
 def due(step, every, cfg):
