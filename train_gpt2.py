@@ -20,6 +20,7 @@ import inspect
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -209,18 +210,27 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.size()
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, past + T, hs) each
-        past = k.size(2) - T
-        # is_causal aligns its mask at the top left, which is right only without a past; one query may see everything.
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past)  # flash attention [2:00:18]
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side again
+        y = attend(q, k, v)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(hs)) v for the newest T of S positions, each of which sees itself and those before it.
+    q: (B, nh, T, hs); k, v: (B, nh, S, hs) -> (B, nh, T, hs)."""
+    T, S, hs = q.size(2), k.size(2), q.size(3)
+    if T == S <= 256 and q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        # Here the backward pass of flash attention takes up to five times as long as that of the plain formula.
+        future = torch.full((T, T), -math.inf).triu(1)
+        att = (q @ k.transpose(2, 3)).float() / math.sqrt(hs) + future  # (B, nh, T, T)
+        return F.softmax(att, dim=-1).to(v.dtype) @ v
+    # is_causal aligns its mask at the top left, which is right only without a past; one query may see everything.
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if S > T > 1 else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == T)  # flash attention [2:00:18]
 
 
 class MLP(nn.Module):
@@ -287,8 +297,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):  # [31:00]
         """
         idx: (B, T) token ids; targets: (B, T) the ids that follow them; cache: one KVCache per layer, holding what
-        comes before idx -> (logits, loss). logits: (B, T, V), with a cache only the last position's, (B, 1, V).
-        loss: mean cross entropy in nats per token, or None without targets.
+        comes before idx -> (logits, loss). logits: (B, T, V), with a cache only the last position's, (B, 1, V), and
+        with targets only to look at, without a gradient. loss: mean cross entropy in nats per token, or None.
         """
         T = idx.size(1)
         past = cache[0].length if cache else 0
@@ -302,7 +312,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
+        return logits.detach(), loss  # or the compiled backward pass would add a zero gradient as large as the logits
 
     @classmethod
     def from_pretrained(cls, name_or_folder):  # [28:08]
@@ -459,7 +470,7 @@ GPT2_SETTINGS = {  # of HuggingFace's config.json, with the values that our GPT 
 @contextmanager
 def whole_file(path):
     """Gives a temporary file to write to, which takes path's place at the end; on an error nothing changes."""
-    temporary = path.with_name(f"{path.name}.tmp{RANK or ''}")
+    temporary = path.with_name(f"{path.name}.{platform.node()}.tmp")  # machines that share a disk may write it at once
     try:
         with open(temporary, "wb") as f:
             yield f
@@ -588,15 +599,15 @@ TEXT_IN_MEMORY = 2**26  # bytes; the tokens of a larger text are kept in a file
 
 def tokenize(path, split, out_dir):
     """-> (N,) uint16, the tokens of the split's part of a text. Those of a large text are written to a token file in
-    out_dir, once as long as the text does not change, by one process of each machine, for which the others wait."""
+    out_dir, once as long as the text does not change, by the first process of each machine."""
     stat = path.stat()
     large = stat.st_size > TEXT_IN_MEMORY
     version = zlib.crc32(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())  # another if the text changes
     target = out_dir / f"{path.stem}-{version:08x}-{split}.bin"
-    while large and LOCAL_RANK > 0 and not target.exists():
-        time.sleep(1)
-    if large and target.exists():
-        return open_shard(target)
+    if large:
+        wait_for_first(target)
+        if target.exists():
+            return open_shard(target)
     with open(path, encoding="utf-8") as f:
         n = sum(len(piece) for piece in iter(lambda: f.read(PIECE), ""))  # characters
     begin, end = (0, int(0.9 * n)) if split == "train" else (int(0.9 * n), n)
@@ -734,7 +745,7 @@ def evaluate_hellaswag(model, examples):  # [3:28:23]
     enc, device = get_tokenizer(), model.lm_head.weight.device
     n_right = n_right_norm = 0
     batches = [examples[i:i + 4] for i in range(0, len(examples), 4)]
-    for batch in progress(batches[RANK::WORLD_SIZE], "HellaSwag"):
+    for batch in progress(share_of(batches), "HellaSwag"):
         rows = []  # (tokens, how many of them are the ending's)
         for context, endings, _ in batch:
             context = enc.encode_ordinary(context) or [EOT]
@@ -797,17 +808,28 @@ def read_log(path):
     return [(int(m[1]), m[2], float(m[3])) for m in matches if m]
 
 
-def plot_losses(out_dir, tokens_per_step):  # [3:43:05]
-    """Draws out_dir/log.txt into out_dir/loss.png: train and validation loss in nats per token, over tokens."""
+GPT2_LOSS = 3.2924  # of OpenAI's 124M weights, in nats per token, on the validation shard of FineWeb-Edu [3:43:05]
+
+
+def plot_losses(out_dir, tokens_per_step, data):
+    """Draws out_dir/log.txt into out_dir/loss.png: train (smoothed) and validation loss in nats per token, over tokens,
+    and GPT-2's where data, the path of the corpus, names FineWeb-Edu."""
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
     records = read_log(out_dir / "log.txt")
-    for stream, style in ("train", dict(linewidth=0.8, alpha=0.6)), ("val", dict(marker="o", markersize=4)):
-        points = [(step * tokens_per_step, value) for step, name, value in records if name == stream]
-        axes.plot(*zip(*points or [(math.nan, math.nan)]), label=stream, **style)
+    for stream, style in ("train", dict(linewidth=0.8)), ("val", dict(marker="o", markersize=4)):
+        points = np.array([(step * tokens_per_step, value) for step, name, value in records if name == stream])
+        if len(points):
+            tokens, losses = points.T
+            k = len(losses) // 25 if stream == "train" else 0  # neighbours on each side, of which a point is the mean
+            losses = [losses[max(0, i - k):i + k + 1].mean() for i in range(len(losses))]
+            axes.plot(tokens, losses, label=stream, **style)
+    if re.search("fineweb.?edu|edu.?fineweb", str(data), re.IGNORECASE):
+        axes.axhline(GPT2_LOSS, color="gray", linestyle="--", label="OpenAI's GPT-2 124M")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     figure.savefig(out_dir / "loss.png", dpi=100)
 
 
@@ -828,6 +850,11 @@ def print0(*args, **kwargs):
 def progress(iterable, title, total=None):
     """-> iterable, with a progress bar on the terminal of one of the processes."""
     return tqdm(iterable, title, total, disable=RANK > 0 or None, leave=False)  # None: no bar in a file
+
+
+def share_of(items):
+    """items: list -> this process's part of it, of all processes' parts together as long as the others' or one more."""
+    return items[RANK::WORLD_SIZE]
 
 
 def sum_over_ranks(*values):
@@ -860,6 +887,54 @@ def start_process(name):  # [41:47]
         raise UserError(f"--device {name} cannot be used: {first_line(e)}") from e
 
 
+def end_process():
+    """Waits for the other processes: one that left early would look like one that died."""
+    if WORLD_SIZE > 1:
+        gc.collect()  # DDP's cycles hold the group, whose threads must end before the interpreter does
+        dist.barrier()
+
+
+def wait_for_first(path):
+    """Returns at once in the first process of each machine, and in the others when the first has made path."""
+    while LOCAL_RANK > 0 and not path.exists():
+        time.sleep(1)
+
+
+def fail(message):
+    """Prints a sentence about what went wrong -> exit code."""
+    print(f"train_gpt2.py: error: {message}" + f" [rank {RANK}]" * (WORLD_SIZE > 1), file=sys.stderr)
+    return 1
+
+
+@contextmanager
+def caught_signals():
+    """Gives a list that receives the number of the first SIGINT (Ctrl-C) or SIGTERM; a second one stops at once."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        if RANK == 0:  # with os.write, because a print may just be under way
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step; once more stops at once\n".encode())
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def signal_to_stop(received, wait):
+    """received: the list of caught_signals; wait: whether a GPU may wait for the processes to ask each other
+    -> number of the signal on which all of them stop now, or 0."""
+    if WORLD_SIZE > 1 and not wait:
+        return 0
+    anywhere = sum_over_ranks(len(received))[0] > 0
+    return (received or [signal.SIGTERM])[0] if anywhere else 0
+
+
 def pick_dtype(name, device):  # [1:39:38]
     """name: auto or a dtype -> (torch.dtype of the matrix products, the reason)."""
     if name != "auto":
@@ -872,6 +947,16 @@ def pick_dtype(name, device):  # [1:39:38]
         if has.get("amx_bf16") or has.get("avx512_bf16"):
             return torch.bfloat16, "the processor has instructions for it"
     return torch.float32, "no fast bfloat16 here"
+
+
+# Dense bfloat16 FLOP/s of GPUs, from their makers' datasheets, by a part of the name that CUDA gives them.
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def peak_flops(device, dtype):
+    """-> FLOP/s that the GPUs of all processes could reach together, or None where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype != torch.float32 else ""
+    return next((peak * WORLD_SIZE for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
 
 def keep_freed_memory():
@@ -906,7 +991,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad
         if device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()  # only pinned memory is copied without waiting
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        if WORLD_SIZE > 1:  # average the gradients once, in the last backward pass; the forward pass reads this too
+        if isinstance(model, DDP):  # average the gradients once, in the last backward; the forward pass reads this too
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
             loss = model(x, y)[1] / grad_accum_steps  # the update wants the mean over all of them
@@ -1023,34 +1108,6 @@ class OutDir:
             f.write(f"{step} {stream} {value:.6f}\n")
 
 
-@contextmanager
-def caught_signals():
-    """Gives a list that receives the number of the first SIGINT (Ctrl-C) or SIGTERM; a second one stops at once."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-        if RANK == 0:  # with os.write, because a print may just be under way
-            os.write(2, f"\n{signal.Signals(number).name}: finishing this step; once more stops at once\n".encode())
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    before = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def signal_to_stop(received, step, cfg, device):
-    """received: the list of caught_signals -> number of the signal on which all processes stop now, or 0."""
-    if WORLD_SIZE > 1 and device.type == "cuda" and not due(step, cfg.log_every, cfg):
-        return 0  # asking the others makes the GPU wait
-    anywhere = sum_over_ranks(len(received))[0] > 0
-    return (received or [signal.SIGTERM])[0] if anywhere else 0
-
-
 def due(step, every, cfg):
     """-> whether something that happens every so many steps, and after the last one, happens after this step."""
     return every > 0 and (step % every == 0 or step == cfg.max_steps)
@@ -1098,16 +1155,14 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
     marked, mark = start, time.perf_counter()  # the step of the last log line, and when it was
 
     for step in range(start, cfg.max_steps + 1):
-        synchronize()
+        if due(step, cfg.eval_every, cfg) or due(step, cfg.save_every, cfg):
+            synchronize()  # or the pause would hold the GPU's work on the last steps
         pause = time.perf_counter()
         if due(step, cfg.eval_every, cfg) and not (checkpoint and step == start):  # resumed: that was before the break
-            val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
+            val_loss = report(cfg, raw_model, val_loader, hellaswag, out, step, autocast, device)
             best_val_loss = min(best_val_loss, val_loss)
-            accuracies = evaluate_hellaswag(raw_model, hellaswag) if hellaswag else None
-            if RANK == 0:
-                report(cfg, raw_model, out, step, val_loss, accuracies)
-        stop = signal_to_stop(signals, step, cfg, device)
-        if RANK == 0 and step > start and (due(step, cfg.save_every, cfg) or stop and cfg.save_every):
+        stop = signal_to_stop(signals, wait=device.type == "cpu" or due(step, cfg.log_every, cfg))
+        if out and step > start and (due(step, cfg.save_every, cfg) or stop and cfg.save_every):
             with out.write("ckpt.pt"):
                 save_checkpoint(out.path / "ckpt.pt", **checkpoint_state(
                     step, best_val_loss, raw_model, optimizers, scaler, loader, cfg))
@@ -1127,30 +1182,34 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
             seconds = (time.perf_counter() - mark) / (step + 1 - marked)
             marked, mark = step + 1, time.perf_counter()
             print_step(cfg, raw_model, dtype, device, step + 1, loss, lr, norm.item(), seconds)
-            if RANK == 0:
+            if out:
                 out.record(step + 1, "train", loss)
 
-    if RANK == 0 and out.trouble:
+    if out and out.trouble:
         raise UserError("; ".join(f"{out.path / name} could not be written: {e}" for name, e in out.trouble.items()))
     if stop:
-        saved = step > 0 and cfg.save_every
-        print0(f"stopped at step {step}; " + (f"--init_from resume --out_dir {cfg.out_dir} goes on from there" if saved
-                                              else "nothing was saved"))
+        goes_on = f"--init_from resume --out_dir {cfg.out_dir} goes on from there"
+        print0(f"stopped at step {step}; {goes_on if step and cfg.save_every else 'nothing was saved'}")
     elif best_val_loss < math.inf:
         print0(f"best validation loss {best_val_loss:.4f}")
     return stop
 
 
-def report(cfg, raw_model, out, step, val_loss, accuracies):
-    """Prints and records an evaluation, draws the losses and writes a short sample."""
-    print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
-    out.record(step, "val", val_loss)
-    if accuracies:
-        print0(f"{step:5d}/{cfg.max_steps} | HellaSwag acc_norm {accuracies[1]:.4f} | acc {accuracies[0]:.4f}")
-        out.record(step, "hella", accuracies[1])
-    with out.write("loss.png"):
-        plot_losses(out.path, cfg.total_batch_size)
-    sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
+def report(cfg, raw_model, val_loader, hellaswag, out, step, autocast, device):
+    """Evaluates in all processes; in the one with an OutDir, prints and records it, draws the losses and writes a short
+    sample. -> validation loss."""
+    val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
+    acc, acc_norm = evaluate_hellaswag(raw_model, hellaswag) if hellaswag else (None, None)
+    if out:
+        print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
+        out.record(step, "val", val_loss)
+        if hellaswag:
+            print0(f"{step:5d}/{cfg.max_steps} | HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f}")
+            out.record(step, "hella", acc_norm)
+        with out.write("loss.png"):
+            plot_losses(out.path, cfg.total_batch_size, cfg.data)
+        sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
+    return val_loss
 
 
 def check_finite(step, loss, norm, scaler, cfg):
@@ -1161,21 +1220,16 @@ def check_finite(step, loss, norm, scaler, cfg):
                     "saving. Try a lower --max_lr, more --warmup_steps, or --dtype float32")
 
 
-# Dense bfloat16 FLOP/s of GPUs, from their makers' datasheets, by a part of the name that CUDA gives them.
-PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-
 def print_step(cfg, raw_model, dtype, device, step, loss, lr, norm, seconds):
     """Prints the line of a step that took so many seconds, with the share of the GPUs' peak where that is known."""
     tokens_per_second = cfg.total_batch_size / seconds
     left = round(seconds * (cfg.max_steps - step))  # seconds
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype != torch.float32 else ""
     mfu = ""
-    if peak := next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None):
+    if peak := peak_flops(device, dtype):
         c = raw_model.config  # 6 FLOPs per parameter in a product, and the attention's (PaLM, Chowdhery et al. 2022)
         n_params = sum(p.numel() for p in raw_model.parameters()) - c.block_size * c.n_embd
         flops_per_token = 6 * n_params + 12 * c.n_layer * c.n_embd * cfg.sequence_length
-        mfu = f" | MFU {flops_per_token * tokens_per_second / peak / WORLD_SIZE:.1%}"
+        mfu = f" | MFU {flops_per_token * tokens_per_second / peak:.1%}"
     print0(f"{step:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {1000 * seconds:.1f} ms | "
            f"{tokens_per_second:.0f} tok/s | {left // 60}m{left % 60:02d}s left{mfu}")
 
@@ -1250,9 +1304,7 @@ def run(given, shape):
         print0(f"HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f} | {len(hellaswag)} examples")
     if RANK == 0:
         finish(cfg, model, device, dtype)
-    if WORLD_SIZE > 1:
-        gc.collect()  # DDP's cycles hold the group, whose threads must end before the interpreter does
-        dist.barrier()
+    end_process()
     return 0
 
 
@@ -1275,12 +1327,10 @@ def main(argv=None):  # [3:59:39]
     try:
         return run(*parse_flags(argv))
     except UserError as e:
-        print(f"train_gpt2.py: error: {e}" + f" [rank {RANK}]" * (WORLD_SIZE > 1), file=sys.stderr)
-        return 1
+        return fail(e)
     except torch.OutOfMemoryError as e:
-        print(f"train_gpt2.py: error: out of memory; halve --batch_size, or take a smaller --model or "
-              f"--sequence_length ({first_line(e)})", file=sys.stderr)
-        return 1
+        return fail("out of memory; halve --batch_size, or take a smaller --model or --sequence_length "
+                    f"({first_line(e)})")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -4,7 +4,9 @@ because the absolute times of a shared machine say little. Prints one Markdown t
 
     python tests/bench.py               every row
     python tests/bench.py sampling      only that group of rows
-    python tests/bench.py --quick       fewer tokens and rounds, and not the largest model
+    python tests/bench.py --quick       fewer tokens and rounds, and not the rows that take minutes
+
+Where there is a CUDA GPU, training (124M, T=1024) and sampling run on it, everything else on the CPU.
 """
 import argparse
 import json
@@ -29,9 +31,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # Hello, I'm a language model,
 
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")  # of training and sampling
+
+
 def seconds(f):
+    synchronize = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
+    synchronize()
     start = time.perf_counter()
     f()
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -44,7 +52,7 @@ def alternate(ours, theirs, rounds):
 
 def read_bandwidth():
     """-> bytes a second at which this machine sums a large float32 tensor, the speed that sampling cannot pass."""
-    x = torch.ones(64 * 2**20)
+    x = torch.ones(64 * 2**20, device=DEVICE)
     return 4 * x.numel() / statistics.median(seconds(x.sum) for _ in range(9))
 
 
@@ -65,11 +73,11 @@ def bench_sampling(args):
     for dtype in torch.float32, torch.bfloat16:
         with tempfile.TemporaryDirectory() as folder:
             random_gpt2("gpt2", dtype).save_pretrained(f"{folder}/model")
-            ours = GPT.from_pretrained(f"{folder}/model")
-            theirs = GPT2LMHeadModel.from_pretrained(f"{folder}/model", dtype=dtype)
+            ours = GPT.from_pretrained(f"{folder}/model").to(DEVICE)
+            theirs = GPT2LMHeadModel.from_pretrained(f"{folder}/model", dtype=dtype).to(DEVICE)
             n_bytes = sum(p.numel() * p.element_size() for p in ours.parameters())
             for B in 1, 5:
-                idx = torch.tensor(PROMPT).repeat(B, 1)
+                idx = torch.tensor(PROMPT, device=DEVICE).repeat(B, 1)
                 a, b = alternate(
                     lambda: ours.generate(idx, n, top_k=50),
                     lambda: theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, top_k=50,
@@ -160,18 +168,19 @@ def worker(way, n_layer, n_embd, B, T):
     from transformers import GPT2Config, GPT2LMHeadModel
     sys.stdout = sys.stderr  # stdout is for the answers alone
     torch.manual_seed(0)
-    n_head, V, device = n_embd // 64 if n_embd >= 384 else 4, 50304, torch.device("cpu")
+    n_head, V = n_embd // 64 if n_embd >= 384 else 4, 50304
     tokens = torch.randint(50257, (1_000_000,)).to(torch.uint16).numpy()
-    loader, autocast = DataLoaderLite([tokens], B, T, seed=0), torch.autocast("cpu", torch.bfloat16)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loader, autocast = DataLoaderLite([tokens], B, T, seed=0), torch.autocast(DEVICE.type, torch.bfloat16)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
     if way == "ours":
-        train_gpt2.keep_freed_memory()
-        model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
-        optimizers = model.configure_optimizers("adamw", 0.1, 1e-4, "cpu")
-        compiled = train_gpt2.compile_model(model, loader, autocast, device)
+        if DEVICE.type == "cpu":
+            train_gpt2.keep_freed_memory()
+        model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(DEVICE)
+        optimizers = model.configure_optimizers("adamw", 0.1, 1e-4, DEVICE.type)
+        compiled = train_gpt2.compile_model(model, loader, autocast, DEVICE)
     else:
         model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                                           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
+                                           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(DEVICE)
         optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)]
         module = torch.compile(model)
 
@@ -181,18 +190,22 @@ def worker(way, n_layer, n_embd, B, T):
         compiled.parameters = model.parameters
 
     def step():
-        train_gpt2.optimizer_step(compiled, loader, optimizers, scaler, autocast, device, 1e-4, 1.0, 1)
+        train_gpt2.optimizer_step(compiled, loader, optimizers, scaler, autocast, DEVICE, 1e-4, 1.0, 1)
 
     for line in sys.stdin:
         took = seconds(lambda: [step() for _ in range(int(line))]) / int(line)
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = (torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else
+                1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         print(json.dumps([took, peak]), file=sys.__stdout__, flush=True)
 
 
 def bench_training(args):
-    x = torch.randn(4096, 4096, dtype=torch.bfloat16)
+    x = torch.randn(4096, 4096, dtype=torch.bfloat16, device=DEVICE)
     peak = 2 * 4096**3 / statistics.median(seconds(lambda: x @ x) for _ in range(7))  # FLOP/s
-    for shape, n in ((4, 128, 12, 64), 12), ((6, 384, 8, 128), 8), ((12, 768, 4, 256), 3):
+    shapes = [((4, 128, 12, 64), 12), ((6, 384, 8, 128), 8), ((12, 768, 4, 256), 3)]
+    if DEVICE.type == "cuda":
+        shapes = [((12, 768, B, 1024), 10) for B in (16, 32, 64)]
+    for shape, n in shapes:
         n_layer, n_embd, B, T = shape
         workers = [Worker(way, shape) for way in ("ours", "transformers")]
         for w in workers:
@@ -203,11 +216,12 @@ def bench_training(args):
             w.close()
         with torch.device("meta"):
             n_params = sum(p.numel() for p in GPT(GPTConfig(T, 50304, n_layer, 4, n_embd)).parameters()) - T * n_embd
+        known = train_gpt2.peak_flops(DEVICE, torch.bfloat16)
         rate = B * T * (6 * n_params + 12 * n_layer * n_embd * T) / a
         yield (f"training, {n_layer} layers, {n_embd} wide, B={B}, T={T}, bfloat16, compiled",
                f"{1000 * a:.0f} ms, {B * T / a:.0f} tok/s, {a_peak / 1e9:.2f} GB",
                f"{1000 * b:.0f} ms, {B * T / b:.0f} tok/s, {b_peak / 1e9:.2f} GB", b / a,
-               f"{rate / peak:.0%} of {peak / 1e12:.2f} TFLOP/s")
+               f"{rate / peak:.0%} of {peak / 1e12:.2f} TFLOP/s" + (f", MFU {rate / known:.0%}" if known else ""))
 
 
 def bench_tokenizing(args):
@@ -257,6 +271,34 @@ def bench_startup(args):
         yield f"start-up: {name}", f"{a:.2f} s", f"{b:.2f} s", b / a, ""
 
 
+def bench_loss(args):
+    """The default optimizer in ever longer schedules, until it reaches the validation loss of AdamW's best rate."""
+    def run(optimizer, max_lr, steps):
+        """-> (validation loss at the end of a schedule of so many steps, ms a step)."""
+        flags = ["--data", ROOT / "input.txt", f"--optimizer={optimizer}", f"--max_lr={max_lr}",
+                 f"--min_lr={max_lr / 10}", f"--max_steps={steps}", f"--eval_every={steps}", "--log_every=10",
+                 "--save_every=0", "--num_samples=0", "--max_new_tokens=1"]
+        with tempfile.TemporaryDirectory() as folder:
+            out = subprocess.run([sys.executable, ROOT / "train_gpt2.py", *map(str, flags)], cwd=folder, check=True,
+                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+        losses = [float(line.split("val loss ")[1]) for line in out.splitlines() if "val loss" in line]
+        ms = [float(line.split(" ms |")[0].split()[-1]) for line in out.splitlines() if " ms |" in line]
+        return losses[-1], statistics.median(ms)
+
+    if args.quick:
+        return
+    n = int(120_000 / run("adamw", 1e-3, 100)[1])  # steps of AdamW in 120 seconds
+    theirs = {max_lr: run("adamw", max_lr, n) for max_lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)}
+    best = min(theirs, key=theirs.get)
+    for steps in range(n // 8, n, n // 24):
+        loss, ms = run("muon", train_gpt2.TrainConfig.max_lr, steps)
+        if loss <= theirs[best][0]:
+            break
+    a, b = steps * ms / 1000, n * theirs[best][1] / 1000  # seconds
+    yield (f"time to the validation loss of AdamW (best of 5 rates: {best}), nano", f"Muon {a:.0f} s, {loss:.2f}",
+           f"AdamW {b:.0f} s, {theirs[best][0]:.2f}", b / a, "")
+
+
 def bench_ranks(args):
     """Two processes with a thread each beside one process with two threads, on the same total batch."""
     def run(n):
@@ -276,13 +318,14 @@ def bench_ranks(args):
 
 
 BENCHES = {"training": bench_training, "sampling": bench_sampling, "loading": bench_loading,
-           "startup": bench_startup, "tokenizing": bench_tokenizing, "hellaswag": bench_hellaswag, "ranks": bench_ranks}
+           "startup": bench_startup, "tokenizing": bench_tokenizing, "hellaswag": bench_hellaswag, "ranks": bench_ranks,
+           "loss": bench_loss}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="benches to run, of " + ", ".join(BENCHES))
-    parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds, and not the largest model")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and not the rows that take minutes")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -290,7 +333,8 @@ def main():
     import transformers
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
-    print(f"{date.today()}, {cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    gpu = f", {torch.cuda.get_device_name(DEVICE)}" if DEVICE.type == "cuda" else ""
+    print(f"{date.today()}, {cpu}{gpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"transformers {transformers.__version__}\n")
     print("| work | ours | transformers | ratio | of the machine's limit |\n| --- | --- | --- | --- | --- |")
     for name, bench in BENCHES.items():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import NANO
-from train_gpt2 import EOT, GPT, GPTConfig, MODELS, N_TOKENS, UserError
+from train_gpt2 import attend, EOT, GPT, GPTConfig, MODELS, N_TOKENS, UserError
 
 
 def meta_gpt(**shape):
@@ -85,6 +85,21 @@ def test_causality():
     before, after = model(idx)[0], model(changed)[0]
     assert torch.equal(before[:, :12], after[:, :12])
     assert (before[:, 12:] - after[:, 12:]).abs().amax(-1).min() > 1e-6
+
+
+@pytest.mark.parametrize("T", [1, 7, 64])
+def test_plain_attention_of_cpu_training_equals_flash_attention(T):
+    torch.manual_seed(0)
+    q, k, v, weight = torch.randn(4, 2, 3, T, 16).bfloat16()
+    gradients = []
+    for dtype in torch.bfloat16, torch.float32:  # the plain formula, and flash attention
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        y = attend(*inputs)
+        assert y.dtype == dtype
+        (y * weight).sum().backward()
+        gradients.append([y.float()] + [x.grad.float() for x in inputs])
+    for plain, flash in zip(*gradients):
+        torch.testing.assert_close(plain, flash, atol=0.05, rtol=0.05)
 
 
 def test_overfits_one_batch():
