@@ -219,12 +219,15 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
 
+PLAIN_ATTENTION = 256  # tokens: up to here flash attention is slower on a CPU that trains in bfloat16
+
+
 def attend(q, k, v):
     """softmax(q k^T / sqrt(hs)) v for the newest T of S positions, each of which sees itself and those before it.
     q: (B, nh, T, hs); k, v: (B, nh, S, hs) -> (B, nh, T, hs)."""
     T, S, hs = q.size(2), k.size(2), q.size(3)
-    if T == S <= 256 and q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        # Here the backward pass of flash attention takes up to five times as long as that of the plain formula.
+    if T == S <= PLAIN_ATTENTION and q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        # The backward pass of flash attention would take up to five times as long.
         future = torch.full((T, T), -math.inf).triu(1)
         att = (q @ k.transpose(2, 3)).float() / math.sqrt(hs) + future  # (B, nh, T, T)
         return F.softmax(att, dim=-1).to(v.dtype) @ v
@@ -821,15 +824,14 @@ def plot_losses(out_dir, tokens_per_step, data):
         points = np.array([(step * tokens_per_step, value) for step, name, value in records if name == stream])
         if len(points):
             tokens, losses = points.T
-            k = len(losses) // 25 if stream == "train" else 0  # neighbours on each side, of which a point is the mean
+            k = len(losses) // 20 if stream == "train" else 0  # neighbours on each side, of which a point is the mean
             losses = [losses[max(0, i - k):i + k + 1].mean() for i in range(len(losses))]
             axes.plot(tokens, losses, label=stream, **style)
     if re.search("fineweb.?edu|edu.?fineweb", str(data), re.IGNORECASE):
         axes.axhline(GPT2_LOSS, color="gray", linestyle="--", label="OpenAI's GPT-2 124M")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+    axes.legend()
     figure.savefig(out_dir / "loss.png", dpi=100)
 
 
@@ -1013,7 +1015,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad
 
 def compile_model(model, loader, autocast, device):  # [1:48:15]
     """-> the model compiled for the loader's batches, or, with a warning, itself where torch.compile does not work."""
-    print0("compiling the model (--no-compile goes without)")
+    print0("compiling the model")
     x, y = loader.get(range(loader.B))
     try:
         compiled = torch.compile(model)
@@ -1271,6 +1273,21 @@ def resume(cfg, given, shape):
     return cfg, checkpoint
 
 
+def print_setup(cfg, model, device, dtype, why):
+    """Prints what the run is made of and the reasons, why being that of the dtype."""
+    print0(f"model: {cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}")
+    found = "no GPU was found" if device.type == "cpu" else "the GPU that was found"
+    print0(f"device: {device}, processes: {WORLD_SIZE} ({found if cfg.device == 'auto' else 'as asked'})")
+    print0(f"precision: products in {str(dtype)[6:]} ({why})")
+    if cfg.max_steps:
+        plain = device.type == "cpu" and dtype == torch.bfloat16 and cfg.sequence_length <= PLAIN_ATTENTION
+        print0("attention: " + ("the plain formula (short sequences on a CPU)" if plain else
+                                "scaled_dot_product_attention (flash attention where the device has it)"))
+        print0(f"torch.compile: {'on (--no-compile goes without)' if cfg.compile else 'off (as asked)'}")
+        print0("optimizer: " + ("muon for the blocks' matrices, adamw for the rest (--optimizer adamw is the lecture's)"
+                                if cfg.optimizer == "muon" else "adamw (the lecture's)"))
+
+
 def run(given, shape):
     """given: TrainConfig fields, shape: GPTConfig fields, as flags gave them. Makes the model, trains it, samples.
     -> exit code."""
@@ -1289,10 +1306,7 @@ def run(given, shape):
     model = make_model(cfg, shape, checkpoint).to(device)
     dtype, why = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and device.type != "mps")
-    print0(f"model {cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}")
-    print0(f"device {device} x {WORLD_SIZE} | products in {str(dtype)[6:]}, because: {why} | "
-           f"attention: scaled_dot_product_attention | torch.compile: {'on' if cfg.compile else 'off'} | "
-           f"optimizer: {cfg.optimizer}")
+    print_setup(cfg, model, device, dtype, why)
     if cfg.max_steps:
         if device.type == "cpu":
             keep_freed_memory()

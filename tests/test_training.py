@@ -138,3 +138,21 @@ def test_float16_on_a_cpu_survives_overflowing_gradients(make):
     assert scaler.get_scale() < 2.0**40
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_loss_png_has_both_losses_over_tokens_and_gpt2s_for_fineweb_edu(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
+    train = [5.0 + (-1) ** step for step in range(1, 41)]  # 4, 6, 4, 6, ...
+    (tmp_path / "log.txt").write_text("0 val 10.800000\n40 val 5.000000\n" + "".join(
+        f"{step} train {loss:.6f}\n" for step, loss in enumerate(train, 1)))
+    train_gpt2.plot_losses(tmp_path, 100, "data/edu_fineweb10B")
+    train_gpt2.plot_losses(tmp_path, 100, "fineweb10B")
+    lines = {line.get_label(): line for line in drawn[0].get_lines()}
+    assert list(lines) == ["train", "val", "OpenAI's GPT-2 124M"]
+    assert list(lines["val"].get_xdata()) == [0, 4000] and list(lines["val"].get_ydata()) == [10.8, 5]
+    smoothed = lines["train"].get_ydata()
+    assert len(smoothed) == 40 and smoothed[2] == pytest.approx(np.mean(train[:5]))
+    assert max(abs(smoothed[2:-2] - 5)) < 0.3
+    assert set(lines["OpenAI's GPT-2 124M"].get_ydata()) == {train_gpt2.GPT2_LOSS}
+    assert [line.get_label() for line in drawn[1].get_lines()] == ["train", "val"]
