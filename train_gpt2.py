@@ -91,7 +91,7 @@ class TrainConfig:
     batch_size: int = 16  # B, sequences in one micro-step of one process
     sequence_length: int = 64  # T, tokens in a sequence
     total_batch_size: int = 1024  # tokens per optimizer step, over all micro-steps and processes
-    optimizer: Literal["adamw", "muon"] = "muon"  # adamw is the lecture's
+    optimizer: Literal["adamw", "muon"] = "muon"  # adamw is the lecture's; it wants a lower max_lr
     max_lr: float = 1e-2  # learning rate after the warm-up
     min_lr: float = 1e-3  # learning rate at the end of the cosine
     warmup_steps: int = 20  # steps of linear warm-up
@@ -157,8 +157,12 @@ def parse_flags(argv):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [f"--{f.name}" for config in (TrainConfig, GPTConfig) for f in fields(config)]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        parser.error(f"there is no flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        close = close or [flag for flag in known if flag.endswith(f"_{name.lstrip('-')}")]  # of --lr
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        parser.error(f"there is no flag {unknown[0]}{hint}" if unknown[0].startswith("-") else
+                     f"{unknown[0]!r} belongs to no flag; a switch is --compile or --no-compile")
     return [{f.name: getattr(given, f.name) for f in fields(config) if hasattr(given, f.name)}
             for config in (TrainConfig, GPTConfig)]
 
@@ -727,8 +731,10 @@ def read_hellaswag(path):
             if not line.strip():
                 continue
             example = json.loads(line)
-            examples.append((str(example["ctx"]), list(map(str, example["endings"])), int(example["label"])))
-            range(len(examples[-1][1])).index(examples[-1][2])  # raises ValueError if there is no such ending
+            endings, label = list(map(str, example["endings"])), int(example["label"])
+            if not 0 <= label < len(endings):
+                raise ValueError(f"label {label} for {len(endings)} endings")
+            examples.append((str(example["ctx"]), endings, label))
     except OSError as e:
         raise UserError(f"--hellaswag {path} cannot be read: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
@@ -839,7 +845,7 @@ def plot_losses(out_dir, tokens_per_step, data):
 # 5 Process and device [1:22:18]
 
 
-# torchrun tells each process its number among all, its number on this machine, and how many there are [2:46:52].
+# torchrun tells each process its number among all, its number on this machine, and how many there are.
 RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(k, d)) for k, d in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), "001"))
 
 
@@ -916,7 +922,8 @@ def caught_signals():
     def receive(number, frame):
         received.append(number)
         if RANK == 0:  # with os.write, because a print may just be under way
-            os.write(2, f"\n{signal.Signals(number).name}: finishing this step; once more stops at once\n".encode())
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing what is under way; once more stops at once\n".encode())
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -1060,7 +1067,8 @@ def load_checkpoint(path):
 def make_loaders(cfg, config):
     """-> (train, val) DataLoaderLite for a model of this GPTConfig. Raises UserError where cfg or data do not fit."""
     if cfg.sequence_length > config.block_size:
-        raise UserError(f"--sequence_length {cfg.sequence_length} is over the model's block_size {config.block_size}")
+        raise UserError(f"--sequence_length {cfg.sequence_length} is over the model's block_size {config.block_size}; "
+                        f"lower it to {config.block_size} or less")
     if cfg.total_batch_size % (cfg.batch_size * cfg.sequence_length * WORLD_SIZE):
         raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size {cfg.batch_size} "
                         f"x --sequence_length {cfg.sequence_length} x {WORLD_SIZE} processes")
@@ -1151,7 +1159,7 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
         restore(checkpoint, optimizers, scaler, loader)
     out = OutDir(cfg.out_dir, start) if RANK == 0 else None
     model = compile_model(raw_model, loader, autocast, device) if cfg.compile else raw_model
-    if WORLD_SIZE > 1:
+    if WORLD_SIZE > 1:  # [2:46:52]
         model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     marked, mark = start, time.perf_counter()  # the step of the last log line, and when it was
@@ -1165,9 +1173,9 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
             best_val_loss = min(best_val_loss, val_loss)
         stop = signal_to_stop(signals, wait=device.type == "cpu" or due(step, cfg.log_every, cfg))
         if out and step > start and (due(step, cfg.save_every, cfg) or stop and cfg.save_every):
+            state = checkpoint_state(step, best_val_loss, raw_model, optimizers, scaler, loader, cfg)
             with out.write("ckpt.pt"):
-                save_checkpoint(out.path / "ckpt.pt", **checkpoint_state(
-                    step, best_val_loss, raw_model, optimizers, scaler, loader, cfg))
+                save_checkpoint(out.path / "ckpt.pt", **state)
         if stop or step == cfg.max_steps:  # only now, so that the last update is evaluated and saved too
             break
         mark += time.perf_counter() - pause  # the time of a step is training only
@@ -1186,7 +1194,12 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
             print_step(cfg, raw_model, dtype, device, step + 1, loss, lr, norm.item(), seconds)
             if out:
                 out.record(step + 1, "train", loss)
+    conclude(cfg, out, stop, step, best_val_loss)
+    return stop
 
+
+def conclude(cfg, out, stop, step, best_val_loss):
+    """Prints how the training ended. Raises UserError if a file of it could not be written."""
     if out and out.trouble:
         raise UserError("; ".join(f"{out.path / name} could not be written: {e}" for name, e in out.trouble.items()))
     if stop:
@@ -1194,7 +1207,6 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
         print0(f"stopped at step {step}; {goes_on if step and cfg.save_every else 'nothing was saved'}")
     elif best_val_loss < math.inf:
         print0(f"best validation loss {best_val_loss:.4f}")
-    return stop
 
 
 def report(cfg, raw_model, val_loader, hellaswag, out, step, autocast, device):
@@ -1210,7 +1222,8 @@ def report(cfg, raw_model, val_loader, hellaswag, out, step, autocast, device):
             out.record(step, "hella", acc_norm)
         with out.write("loss.png"):
             plot_losses(out.path, cfg.total_batch_size, cfg.data)
-        sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
+        if step < cfg.max_steps or not cfg.num_samples:  # at the end come the long samples
+            sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
     return val_loss
 
 
@@ -1247,6 +1260,9 @@ def make_model(cfg, shape, checkpoint):
         model.load_state_dict(checkpoint["model"])
         return model
     if cfg.init_from == "pretrained":
+        if cfg.model == "nano":
+            raise UserError("--init_from pretrained needs a --model to load: gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+                            "another model id, or a folder such as log/model")
         if shape:
             raise UserError(f"--{next(iter(shape))} does not go with --init_from pretrained: a model has its own shape")
         return GPT.from_pretrained(cfg.model)
@@ -1260,6 +1276,8 @@ def resume(cfg, given, shape):
     """-> (the TrainConfig of the checkpoint in cfg.out_dir with the given flags in it, the checkpoint). Raises
     UserError for a flag that contradicts what was trained."""
     path = Path(cfg.out_dir) / "ckpt.pt"
+    if given.get("overwrite"):
+        raise UserError(f"--overwrite starts anew, --init_from resume goes on with {path}: give one of them")
     checkpoint = load_checkpoint(path)
     was = checkpoint["train_config"] | checkpoint["config"]
     for name, value in (given | shape).items():

@@ -18,6 +18,10 @@ STEP_LINE = re.compile(
 def test_a_run_from_start_to_samples(cli, text, tmp_path):
     done = cli(*TINY_RUN, "--data", text)
     assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[:6]
+    assert [line.split(":")[0] for line in first] == [
+        "model", "device", "precision", "attention", "torch.compile", "optimizer"]
+    assert first[1] == "device: cpu, processes: 1 (as asked)" and "off (as asked)" in first[4] and "muon" in first[5]
     lines = [m for line in done.stdout.splitlines() if (m := STEP_LINE.fullmatch(line))]
     assert [(m[1], m[2]) for m in lines] == [(str(k), "4") for k in (1, 2, 3, 4)]
     records = [line.split() for line in (tmp_path / "log" / "log.txt").read_text().splitlines()]
@@ -78,6 +82,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
 
 @pytest.mark.parametrize("flags, message", [
     (["--batchsize=3"], "no flag --batchsize=3; did you mean --batch_size?"),
+    (["--lr=3"], "no flag --lr=3; did you mean --max_lr or --min_lr?"),
+    (["--compile", "False"], "'False' belongs to no flag; a switch is --compile or --no-compile"),
+    (["--init_from=pretrained"], "needs a --model to load"),
+    (["--init_from=resume", "--overwrite"], "give one of them"),
     (["--batch=3"], "no flag --batch=3"),
     (["--max_steps=many"], "invalid int value: 'many'"),
     (["--optimizer=sgd"], "invalid choice: 'sgd'"),
