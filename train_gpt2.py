@@ -837,7 +837,8 @@ def plot_losses(out_dir, tokens_per_step, data):
         axes.axhline(GPT2_LOSS, color="gray", linestyle="--", label="OpenAI's GPT-2 124M")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.has_data():
+        axes.legend()
     figure.savefig(out_dir / "loss.png", dpi=100)
 
 
@@ -1132,7 +1133,12 @@ def checkpoint_state(step, best_val_loss, raw_model, optimizers, scaler, loader,
 
 
 def restore(checkpoint, optimizers, scaler, loader):
-    """Puts the state of a checkpoint into them. Raises UserError if the data are not those it was trained on."""
+    """Puts the state of a checkpoint into them. Raises UserError if the data are not those it was trained on, or if the
+    processes, which may be on machines with a disk each, did not read the same one."""
+    step = checkpoint["step"]
+    if sum_over_ranks(step)[0] != WORLD_SIZE * step:
+        raise UserError(f"one process read a checkpoint of step {step}, another one a different one; --out_dir "
+                        "must hold the same ckpt.pt on every machine, and no other run may write to it")
     if loader.n_windows != checkpoint["n_windows"]:
         raise UserError(f"the data have {loader.n_windows} windows an epoch, but the checkpoint was made with "
                         f"{checkpoint['n_windows']}: the order of training would not go on")
@@ -1199,7 +1205,10 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
 
 
 def conclude(cfg, out, stop, step, best_val_loss):
-    """Prints how the training ended. Raises UserError if a file of it could not be written."""
+    """Draws the losses and prints how the training ended. Raises UserError if a file of it could not be written."""
+    if out:
+        with out.write("loss.png"):
+            plot_losses(out.path, cfg.total_batch_size, cfg.data)
     if out and out.trouble:
         raise UserError("; ".join(f"{out.path / name} could not be written: {e}" for name, e in out.trouble.items()))
     if stop:

@@ -38,6 +38,9 @@ def test_a_run_from_start_to_samples(cli, text, tmp_path):
     assert again.returncode == 1 and "--init_from resume" in again.stderr and "--overwrite" in again.stderr
     assert cli(*TINY_RUN, "--data", text, "--overwrite").stdout.count(" val loss ") == 3
 
+    cli(*TINY_RUN, "--data", text, "--eval_every=0", "--out_dir=unmeasured")
+    assert (tmp_path / "unmeasured" / "loss.png").exists()
+
     only_samples = cli("--init_from=resume", "--max_steps=0", "--num_samples=1", "--prompt=", "--temperature=0")
     assert only_samples.returncode == 0 and "--- sample\n<|endoftext|>" in only_samples.stdout
 

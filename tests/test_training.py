@@ -156,3 +156,16 @@ def test_loss_png_has_both_losses_over_tokens_and_gpt2s_for_fineweb_edu(tmp_path
     assert max(abs(smoothed[2:-2] - 5)) < 0.3
     assert set(lines["OpenAI's GPT-2 124M"].get_ydata()) == {train_gpt2.GPT2_LOSS}
     assert [line.get_label() for line in drawn[1].get_lines()] == ["train", "val"]
+
+
+def test_processes_that_read_different_checkpoints_do_not_go_on(monkeypatch):
+    monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train_gpt2, "sum_over_ranks", lambda step: [step + 12])  # the other process's is of step 12
+    loader = DataLoaderLite([np.zeros(100, dtype=np.uint16)], 1, 8)
+    checkpoint = dict(step=13, n_windows=loader.n_windows, position=3, scaler={}, rng=torch.get_rng_state(),
+                      optimizers=[])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(UserError, match="one process read a checkpoint of step 13"):
+        train_gpt2.restore(checkpoint, [], scaler, loader)
+    train_gpt2.restore({**checkpoint, "step": 12}, [], scaler, loader)
+    assert loader.position == 3
