@@ -250,7 +250,8 @@ def bench_hellaswag(args):
             return theirs(idx).logits, None
 
     a, b = alternate(lambda: train_gpt2.evaluate_hellaswag(ours, examples),
-                     lambda: [score_one_by_one(Theirs(), context, endings) for context, endings, _ in examples], 1 if args.quick else 3)
+                     lambda: [score_one_by_one(Theirs(), context, endings) for context, endings, _ in examples],
+                     1 if args.quick else 3)
     yield ("HellaSwag, gpt2, float32 (transformers: one ending at a time)", f"{len(examples) / a:.2f} examples/s",
            f"{len(examples) / b:.2f} examples/s", b / a, "")
 
@@ -263,7 +264,7 @@ def bench_startup(args):
     flags = ["--data", ROOT / "input.txt", "--max_steps=1", "--eval_every=0", "--save_every=0", "--num_samples=0",
              "--no-compile"]
     rows = {"--help (beside import torch)": (["--help"], "import torch"),
-            "start, one training step, export (beside import transformers' GPT-2)": (
+            "start, one training step, export, loss.png (beside import transformers' GPT-2)": (
                 flags, "from transformers import GPT2LMHeadModel")}
     for name, (ours, theirs) in rows.items():
         a, b = alternate(lambda: run(sys.executable, ROOT / "train_gpt2.py", *ours),

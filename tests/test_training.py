@@ -142,7 +142,8 @@ def test_float16_on_a_cpu_survives_overflowing_gradients(make):
 
 def test_loss_png_has_both_losses_over_tokens_and_gpt2s_for_fineweb_edu(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
     train = [5.0 + (-1) ** step for step in range(1, 41)]  # 4, 6, 4, 6, ...
     (tmp_path / "log.txt").write_text("0 val 10.800000\n40 val 5.000000\n" + "".join(
         f"{step} train {loss:.6f}\n" for step, loss in enumerate(train, 1)))
