@@ -175,32 +175,15 @@ class KVCache:
     """Keys and values of one layer for the positions seen so far: sampling computes each position once."""
 
     def __init__(self, block_size):
-        self.block_size, self.length, self.k, self.v = block_size, 0, None, None
+        self.block_size, self.length, self.kv = block_size, 0, None
 
-    def append(self, k, v):
-        """k, v: (B, nh, T, hs) of the T newest positions -> those of all positions so far, (B, nh, length, hs) each."""
-        B, nh, T, hs = k.size()
-        if self.k is None:
-            self.k, self.v = k.new_empty(B, nh, self.block_size, hs), v.new_empty(B, nh, self.block_size, hs)
-        start, self.length = self.length, self.length + T
-        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
-
-
-class Linear(nn.Linear):
-    """nn.Linear, fast also where a CPU samples with bfloat16 weights. x: (..., in_features) -> (..., out_features)."""
-
-    def forward(self, x):
-        rows = x.numel() // self.in_features
-        if rows > 8 or self.weight.dtype != torch.bfloat16 or x.device.type != "cpu":
-            return super().forward(x)
-        # With few rows the time goes into reading the weights, and weight @ x reads them faster than x @ weight.
-        if rows == 1:
-            y = torch.mv(self.weight, x.reshape(-1))  # (out_features)
-        else:
-            y = (self.weight @ x.reshape(rows, -1).t()).t().contiguous()  # (rows, out_features)
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+    def append(self, kv):
+        """kv: (2, B, nh, T, hs), keys and values of the T newest positions -> those of all so far, (2, B, nh, S, hs)."""
+        if self.kv is None:
+            self.kv = kv.new_empty(*kv.shape[:3], self.block_size, kv.size(4))
+        start, self.length = self.length, self.length + kv.size(3)
+        self.kv[..., start:self.length, :] = kv
+        return self.kv[..., :self.length, :]
 
 
 class CausalSelfAttention(nn.Module):
@@ -214,10 +197,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.size()
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+        q, k, v = qkv
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, nh, past + T, hs) each
+            k, v = cache.append(qkv[1:])  # (B, nh, S, hs) each, S positions so far
         y = attend(q, k, v)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
@@ -430,6 +413,39 @@ def draw(logits, temperature, top_k, generator):
     return top_ids.gather(-1, (probs / -torch.log1p(-uniform)).argmax(dim=-1, keepdim=True))
 
 
+class Linear(nn.Linear):
+    """nn.Linear, faster where a CPU samples. x: (..., in_features) -> (..., out_features)."""
+
+    def forward(self, x):
+        rows = x.numel() // self.in_features
+        if x.device.type != "cpu" or rows >= 16 or rows < 3 and self.weight.dtype != torch.bfloat16:
+            return super().forward(x)
+        y = few_rows(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+def few_rows(x, W):
+    """x @ W.T, in forms that read W up to twice as fast, which is where the time goes when x has few rows.
+    x: (rows, in_features); W: (out_features, in_features) -> (rows, out_features)."""
+    if W.dtype == torch.bfloat16:
+        return torch.mv(W, x[0]) if len(x) == 1 else (W @ x.t()).t().contiguous()
+    n = len(W) // 64  # pieces of 64 rows of W, which a thread keeps in its cache
+    y = torch.bmm(x.expand(n, *x.shape), W[:64 * n].view(n, 64, x.size(1)).transpose(1, 2))  # (n, rows, 64)
+    return torch.cat((y.transpose(0, 1).flatten(1), F.linear(x, W[64 * n:])), dim=1)
+
+
+GPT2_SETTINGS = {  # of HuggingFace's config.json, with the values that our GPT stands for
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "n_inner": [None],  # which means 4 * n_embd
+    "layer_norm_epsilon": [1e-5],
+    "add_cross_attention": [False],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "tie_word_embeddings": [True],
+}
+
+
 def load_huggingface(name_or_folder):  # [3:39]
     """-> (GPTConfig, state dict of transformers' GPT2LMHeadModel); UserError where from_pretrained says so."""
     import transformers
@@ -460,58 +476,6 @@ def load_huggingface(name_or_folder):  # [3:39]
             raise UserError(f"the weights of {name_or_folder} do not fit its config.json: {what} {sorted(keys)}")
     config = GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
     return config, model_hf.state_dict()
-
-
-GPT2_SETTINGS = {  # of HuggingFace's config.json, with the values that our GPT stands for
-    "model_type": ["gpt2"],
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-    "n_inner": [None],  # which means 4 * n_embd
-    "layer_norm_epsilon": [1e-5],
-    "add_cross_attention": [False],
-    "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False],
-    "tie_word_embeddings": [True],
-}
-
-
-@contextmanager
-def whole_file(path):
-    """Gives a temporary file to write to, which takes path's place at the end; on an error nothing changes."""
-    temporary = path.with_name(f"{path.name}.{platform.node()}.tmp")  # machines that share a disk may write it at once
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())  # on the disk before the rename, or a power cut could leave an empty file of that name
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def whole_folder(folder):
-    """Gives a temporary folder to write to, which takes folder's place at the end; on an error nothing changes."""
-    try:
-        if folder.exists() and {p.name for p in folder.iterdir() if p.name[0] != "."} - EXPORTED_FILES:
-            raise UserError(f"{folder} holds other files than an exported model's; give another folder")
-        new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-        for leftover in new, old:
-            shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir(parents=True)
-        try:
-            yield new
-            if folder.exists():
-                folder.rename(old)  # a folder that is not empty cannot be renamed over
-            new.rename(folder)
-        finally:
-            for leftover in new, old:
-                shutil.rmtree(leftover, ignore_errors=True)
-    except OSError as e:
-        raise UserError(f"cannot write the model to {folder}: {e.strerror or e}") from e
-
-
-EXPORTED_FILES = {"config.json", "model.safetensors", "merges.txt", "vocab.json", "tokenizer_config.json"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1038,6 +1002,46 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
         return model
     finally:
         model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def whole_file(path):
+    """Gives a temporary file to write to, which takes path's place at the end; on an error nothing changes."""
+    temporary = path.with_name(f"{path.name}.{platform.node()}.tmp")  # machines that share a disk may write it at once
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())  # on the disk before the rename, or a power cut could leave an empty file of that name
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+EXPORTED_FILES = {"config.json", "model.safetensors", "merges.txt", "vocab.json", "tokenizer_config.json"}
+
+
+@contextmanager
+def whole_folder(folder):
+    """Gives a temporary folder to write to, which takes folder's place at the end; on an error nothing changes."""
+    try:
+        if folder.exists() and {p.name for p in folder.iterdir() if p.name[0] != "."} - EXPORTED_FILES:
+            raise UserError(f"{folder} holds other files than an exported model's; give another folder")
+        new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+        for leftover in new, old:
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            yield new
+            if folder.exists():
+                folder.rename(old)  # a folder that is not empty cannot be renamed over
+            new.rename(folder)
+        finally:
+            for leftover in new, old:
+                shutil.rmtree(leftover, ignore_errors=True)
+    except OSError as e:
+        raise UserError(f"cannot write the model to {folder}: {e.strerror or e}") from e
 
 
 CHECKPOINT_FORMAT = 1  # of ckpt.pt; counts up when its layout changes

@@ -153,6 +153,21 @@ def generate_without_cache(model, idx, n):
     return idx
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear_of_few_rows_is_that_of_many(dtype):
+    from train_gpt2 import Linear
+    for out_features in 5, 64, 200:  # less than a piece, one, several and a rest
+        linear = Linear(48, out_features).to(dtype)
+        x = torch.randn(40, 48).to(dtype)
+        expected = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double()).to(dtype)
+        for rows in 1, 2, 3, 8, 15, 16, 40:
+            y = linear(x[:rows].view(rows, 1, 48))
+            assert y.shape == (rows, 1, out_features) and y.dtype == dtype
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(y[:, 0], expected[:rows], atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_with_cache_equals_without_past_block_size(model, dtype):
     idx = torch.randint(101, (3, 5))
