@@ -130,43 +130,6 @@ def check_at_least(low, config, names):
             raise UserError(f"--{name} must be a number of at least {low}, not {value}")
 
 
-def first_line(error):
-    """-> the first line of an exception's text, for the message of a UserError."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def parse_flags(argv):
-    """argv: list of flags, or None for the command line's -> (dict of the TrainConfig fields that were given, the same
-    of GPTConfig's). Exits with code 2 and a sentence for a flag or a value that does not exist."""
-    parser = argparse.ArgumentParser(
-        usage="python train_gpt2.py [--flag value ...]   (--help explains every flag)",
-        description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for config, title in (TrainConfig, "the run"), (GPTConfig, "the shape of the model, in place of the row of MODELS"):
-        group = parser.add_argument_group(title)
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
-        for f in fields(config):
-            shown = f" (default: {f.default!r})" if config is TrainConfig else ""
-            kwargs = dict(default=argparse.SUPPRESS, help=(comments.get(f.name, "") + shown).replace("%", "%%"))
-            if f.type is bool:
-                kwargs["action"] = argparse.BooleanOptionalAction
-            elif choices := get_args(f.type):
-                kwargs["choices"] = choices
-            else:
-                kwargs.update(type=f.type, metavar=f.type.__name__)
-            group.add_argument(f"--{f.name}", **kwargs)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [f"--{f.name}" for config in (TrainConfig, GPTConfig) for f in fields(config)]
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-        close = close or [flag for flag in known if flag.endswith(f"_{name.lstrip('-')}")]  # of --lr
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        parser.error(f"there is no flag {unknown[0]}{hint}" if unknown[0].startswith("-") else
-                     f"{unknown[0]!r} belongs to no flag; a switch is --compile or --no-compile")
-    return [{f.name: getattr(given, f.name) for f in fields(config) if hasattr(given, f.name)}
-            for config in (TrainConfig, GPTConfig)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 2 Model [13:47]
 
@@ -702,7 +665,8 @@ def read_hellaswag(path):
     except OSError as e:
         raise UserError(f"--hellaswag {path} cannot be read: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"--hellaswag {path} is broken in line {number}: {type(e).__name__} {first_line(e)}") from e
+        raise UserError(f"--hellaswag {path} is broken in line {number}, which should be a JSON object with ctx, "
+                        f"endings and label ({type(e).__name__}: {first_line(e)})") from e
     if not examples:
         raise UserError(f"--hellaswag {path} is empty")
     return examples
@@ -877,6 +841,11 @@ def fail(message):
     """Prints a sentence about what went wrong -> exit code."""
     print(f"train_gpt2.py: error: {message}" + f" [rank {RANK}]" * (WORLD_SIZE > 1), file=sys.stderr)
     return 1
+
+
+def first_line(error):
+    """-> the first line of an exception's text, for the message of a UserError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @contextmanager
@@ -1329,6 +1298,8 @@ def run(given, shape):
     elif cfg.max_steps and not cfg.overwrite and path.exists():
         raise UserError(f"{path} holds the checkpoint of an earlier run: go on with it (--init_from resume), keep it "
                         "(another --out_dir), or lose it (--overwrite)")
+    if cfg.max_steps and not Path(cfg.data).exists():  # now, and not after a model has been downloaded
+        raise UserError(f"--data {cfg.data} cannot be read: there is no such file or folder")
     hellaswag = read_hellaswag(cfg.hellaswag) if cfg.hellaswag else []
     device = start_process(cfg.device)
     if device.type == "cuda":
@@ -1365,6 +1336,38 @@ def finish(cfg, model, device, dtype):
     if cfg.max_steps:
         files = [name for name in ("log.txt", "loss.png", "ckpt.pt", "model") if (out_dir / name).exists()]
         print0(f"{out_dir}/ holds {', '.join(files)}")
+
+
+def parse_flags(argv):
+    """argv: list of flags, or None for the command line's -> (dict of the TrainConfig fields that were given, the same
+    of GPTConfig's). Exits with code 2 and a sentence for a flag or a value that does not exist."""
+    parser = argparse.ArgumentParser(
+        usage="python train_gpt2.py [--flag value ...]   (--help explains every flag)",
+        description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for config, title in (TrainConfig, "the run"), (GPTConfig, "the shape of the model, in place of the row of MODELS"):
+        group = parser.add_argument_group(title)
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
+        for f in fields(config):
+            shown = f" (default: {f.default!r})" if config is TrainConfig else ""
+            kwargs = dict(default=argparse.SUPPRESS, help=(comments.get(f.name, "") + shown).replace("%", "%%"))
+            if f.type is bool:
+                kwargs["action"] = argparse.BooleanOptionalAction
+            elif choices := get_args(f.type):
+                kwargs["choices"] = choices
+            else:
+                kwargs.update(type=f.type, metavar=f.type.__name__)
+            group.add_argument(f"--{f.name}", **kwargs)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [f"--{f.name}" for config in (TrainConfig, GPTConfig) for f in fields(config)]
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        close = close or [flag for flag in known if flag.endswith(f"_{name.lstrip('-')}")]  # of --lr
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        parser.error(f"there is no flag {unknown[0]}{hint}" if unknown[0].startswith("-") else
+                     f"{unknown[0]!r} belongs to no flag; a switch is --compile or --no-compile")
+    return [{f.name: getattr(given, f.name) for f in fields(config) if hasattr(given, f.name)}
+            for config in (TrainConfig, GPTConfig)]
 
 
 def main(argv=None):  # [3:59:39]

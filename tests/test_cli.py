@@ -107,6 +107,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
     (["--total_batch_size=1000"], "--batch_size 4 x --sequence_length 16 x 1 processes"),
     (["--sequence_length=64"], "--sequence_length 64 is over the model's block_size 32"),
     (["--vocab_size=300"], "the model's vocab_size is 300"),
+    (["--init_from=pretrained", "--model=folder", "--data=no.txt"], "no.txt cannot be read"),  # before any model
     (["--init_from=pretrained", "--model=folder"], "config.json"),
     (["--init_from=pretrained", "--model=nobody/nothing"], "nobody/nothing"),
     (["--init_from=pretrained", "--model=./nofolder"], "there is no folder ./nofolder"),
@@ -117,10 +118,8 @@ def test_bad_input_gets_one_sentence(cli, text, tmp_path, flags, message):
     (tmp_path / "short.txt").write_text("To be, or not to be.")
     (tmp_path / "latin1.txt").write_bytes("Zoë".encode("latin1") * 100)
     (tmp_path / "folder").mkdir()
-    if flags[0] == "--init_from=pretrained":
-        done = cli("--device=cpu", *flags)
-    else:
-        done = cli(*TINY_RUN, "--data", text, *flags)
+    run = ["--device=cpu"] if flags[0] == "--init_from=pretrained" else TINY_RUN
+    done = cli(*run, "--data", text, *flags)
     assert done.returncode in (1, 2)
     assert message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 3
