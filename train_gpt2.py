@@ -7,7 +7,8 @@ Written to be read beside the lecture "Let's reproduce GPT-2 (124M)"; a time lik
     python train_gpt2.py --help                                              every knob
 
 Shapes stand at the ends of lines:
-B batch, T time (sequence length), C channels (n_embd), V vocabulary, nh heads, hs head size (C / nh).
+B batch, T time (sequence length), S positions so far (T and those in the cache), C channels (n_embd), V vocabulary,
+nh heads, hs head size (C / nh).
 """
 import argparse
 import codecs
@@ -58,7 +59,7 @@ PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, a size that matrix kernel
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 124M. Raises UserError for a shape that cannot be."""
     block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50257  # rows of the embedding; those past the tokenizer's 50257 are padding
+    vocab_size: int = 50257  # rows of the embedding; from scratch PADDED_VOCAB_SIZE, where those past 50257 are padding
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # channels of the residual stream, a multiple of n_head
@@ -141,16 +142,17 @@ class KVCache:
         self.block_size, self.length, self.kv = block_size, 0, None
 
     def append(self, kv):
-        """kv: (2, B, nh, T, hs), keys and values of the T newest positions -> those of all so far, (2, B, nh, S, hs)."""
+        """kv: (2, B, nh, T, hs), keys and values of the newest positions -> those of all so far, (2, B, nh, S, hs)."""
         if self.kv is None:
-            self.kv = kv.new_empty(*kv.shape[:3], self.block_size, kv.size(4))
+            self.kv = kv.new_empty(*kv.shape[:3], self.block_size, kv.size(4))  # (2, B, nh, block_size, hs)
         start, self.length = self.length, self.length + kv.size(3)
         self.kv[..., start:self.length, :] = kv
         return self.kv[..., :self.length, :]
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position looks at itself and at those before it. x: (B, T, C) -> (B, T, C)."""
+    """Every position looks at itself and at those before it. x: (B, T, C) -> (B, T, C).
+    Linear, here and below, is nn.Linear in another order of reading where a CPU samples."""
 
     def __init__(self, config):
         super().__init__()
@@ -169,7 +171,7 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y)
 
 
-PLAIN_ATTENTION = 256  # tokens: up to here flash attention is slower on a CPU that trains in bfloat16
+PLAIN_ATTENTION = 256  # tokens: up to here flash attention's backward pass is slower on a CPU in bfloat16
 
 
 def attend(q, k, v):
@@ -177,8 +179,7 @@ def attend(q, k, v):
     q: (B, nh, T, hs); k, v: (B, nh, S, hs) -> (B, nh, T, hs)."""
     T, S, hs = q.size(2), k.size(2), q.size(3)
     if T == S <= PLAIN_ATTENTION and q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        # The backward pass of flash attention would take up to five times as long.
-        future = torch.full((T, T), -math.inf).triu(1)
+        future = torch.full((T, T), -math.inf).triu(1)  # (T, T)
         att = (q @ k.transpose(2, 3)).float() / math.sqrt(hs) + future  # (B, nh, T, T)
         return F.softmax(att, dim=-1).to(v.dtype) @ v
     # is_causal aligns its mask at the top left, which is right only without a past; one query may see everything.
@@ -249,9 +250,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):  # [31:00]
         """
-        idx: (B, T) token ids; targets: (B, T) the ids that follow them; cache: one KVCache per layer, holding what
-        comes before idx -> (logits, loss). logits: (B, T, V), with a cache only the last position's, (B, 1, V), and
-        with targets only to look at, without a gradient. loss: mean cross entropy in nats per token, or None.
+        idx: (B, T) token ids; targets: (B, T) the ids that follow them; cache: one KVCache per layer, which holds what
+        comes before idx -> (logits, loss). logits: (B, T, V), with a cache (B, 1, V), the last position's; beside a
+        loss they are detached. loss: mean cross entropy in nats per token, or None without targets.
         """
         T = idx.size(1)
         past = cache[0].length if cache else 0
@@ -261,8 +262,8 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache[layer] if cache else None)
         if cache:
-            x = x[:, -1:]  # sampling needs no other logits
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+            x = x[:, -1:]  # (B, 1, C), all that sampling needs
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V) or, with a cache, (B, 1, V)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
@@ -380,11 +381,11 @@ class Linear(nn.Linear):
     """nn.Linear, faster where a CPU samples. x: (..., in_features) -> (..., out_features)."""
 
     def forward(self, x):
-        rows = x.numel() // self.in_features
-        if x.device.type != "cpu" or rows >= 16 or rows < 3 and self.weight.dtype != torch.bfloat16:
-            return super().forward(x)
-        y = few_rows(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        rows, fewest = x.numel() // self.in_features, 1 if self.weight.dtype == torch.bfloat16 else 3
+        if x.device.type == "cpu" and fewest <= rows < 16:  # elsewhere nn.Linear is as fast
+            y = few_rows(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], self.out_features)
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
 
 
 def few_rows(x, W):
@@ -590,21 +591,21 @@ class DataLoaderLite:  # [1:02:00]
         self.shards, self.B, self.T, self.seed, self.rank, self.world_size = shards, B, T, seed, rank, world_size
         self.vocab_size, self.position = vocab_size, 0
         room = 0 if seed is None else T - 1  # for the offset
-        self.windows = [max(1, (len(shard) - 1 - room) // T) if len(shard) > T else 0 for shard in shards]  # per shard
-        self.n_windows = sum(self.windows)  # in an epoch
+        self.shard_windows = [max(1, (len(shard) - 1 - room) // T) if len(shard) > T else 0 for shard in shards]
+        self.n_windows = sum(self.shard_windows)  # in an epoch
 
     @functools.lru_cache(maxsize=2)  # a batch can reach into the next epoch
     def shard_order(self, epoch):
         """-> the shards in the order they are read, and for each the place in the epoch of its first window."""
         n = len(self.shards)
         order = np.arange(n) if self.seed is None else np.random.default_rng((self.seed, epoch)).permutation(n)
-        order = [int(shard) for shard in order if self.windows[shard]]
-        return order, np.cumsum([0] + [self.windows[shard] for shard in order[:-1]])
+        order = [int(shard) for shard in order if self.shard_windows[shard]]
+        return order, np.cumsum([0] + [self.shard_windows[shard] for shard in order[:-1]])
 
     @functools.lru_cache(maxsize=2)  # and into the next shard
     def window_order(self, epoch, shard):
         """-> offset of the shard's first window in tokens, and its windows in the order they are read."""
-        n = self.windows[shard]
+        n = self.shard_windows[shard]
         if self.seed is None:
             return 0, range(n)
         rng = np.random.default_rng((self.seed, epoch, shard))
@@ -692,7 +693,8 @@ def evaluate_hellaswag(model, examples):  # [3:28:23]
         idx = torch.zeros(len(rows), max(len(tokens) for tokens, _ in rows), dtype=torch.long)  # (rows, T)
         mask = torch.zeros(idx.shape, dtype=torch.bool)  # the endings' tokens
         for i, (tokens, n) in enumerate(rows):  # padded on the right, where causal attention does not look
-            idx[i, :len(tokens)], mask[i, len(tokens) - n:len(tokens)] = torch.tensor(tokens), True
+            idx[i, :len(tokens)] = torch.tensor(tokens)
+            mask[i, len(tokens) - n:len(tokens)] = True
         if idx.max() >= model.config.vocab_size:
             raise UserError(f"HellaSwag has token {idx.max()}, but the model's vocab_size is {model.config.vocab_size}")
         idx, mask = idx.to(device), mask[:, 1:].to(device)
@@ -726,16 +728,18 @@ def sample(model, cfg, num_samples, max_new_tokens):
             print0(decoder.decode(enc.decode_single_token_bytes(token.item())), end="")
         return token.item() == EOT
 
-    alone = num_samples == 1
-    if alone:
-        print0(f"--- sample\n{enc.decode(prompt)}", end="")
     idx = torch.tensor(prompt, device=device).repeat(num_samples, 1)  # (num_samples, T)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    idx = model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator, print_token if alone else None)
-    for i, new in enumerate(idx[:, len(prompt):].tolist() if not alone else []):
-        text = enc.decode(prompt + new[:new.index(EOT) if EOT in new else None])
-        print0(f"--- sample {i + 1} of {num_samples}\n{text}")
-    print0(f"{decoder.decode(b'', final=True)}\n---" if alone else "---")
+    arguments = idx, max_new_tokens, cfg.temperature, cfg.top_k, generator
+    if num_samples == 1:
+        print0(f"--- sample\n{enc.decode(prompt)}", end="")
+        model.generate(*arguments, on_token=print_token)
+        print0(decoder.decode(b"", final=True))
+    else:
+        for i, new in enumerate(model.generate(*arguments)[:, len(prompt):].tolist(), 1):
+            text = enc.decode(prompt + new[:new.index(EOT) if EOT in new else None])
+            print0(f"--- sample {i} of {num_samples}\n{text}")
+    print0("---")
 
 
 def read_log(path):
@@ -752,7 +756,8 @@ def plot_losses(out_dir, tokens_per_step, data):
     """Draws out_dir/log.txt into out_dir/loss.png: train (smoothed) and validation loss in nats per token, over tokens,
     and GPT-2's where data, the path of the corpus, names FineWeb-Edu."""
     from matplotlib.figure import Figure
-    axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     records = read_log(out_dir / "log.txt")
     for stream, style in ("train", dict(linewidth=0.8)), ("val", dict(marker="o", markersize=4)):
         points = np.array([(step * tokens_per_step, value) for step, name, value in records if name == stream])
@@ -775,7 +780,9 @@ def plot_losses(out_dir, tokens_per_step, data):
 
 
 # torchrun tells each process its number among all, its number on this machine, and how many there are.
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(k, d)) for k, d in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), "001"))
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print0(*args, **kwargs):
@@ -790,7 +797,7 @@ def progress(iterable, title, total=None):
 
 
 def share_of(items):
-    """items: list -> this process's part of it, of all processes' parts together as long as the others' or one more."""
+    """items: list -> every WORLD_SIZE-th of them, from the RANK-th on: this process's share."""
     return items[RANK::WORLD_SIZE]
 
 
@@ -799,7 +806,7 @@ def sum_over_ranks(*values):
     if WORLD_SIZE == 1:
         return values
     sums = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(sums)  # ReduceOp.AVG is missing in gloo
+    dist.all_reduce(sums)
     return sums.tolist()
 
 
@@ -814,11 +821,12 @@ def start_process(name):  # [41:47]
         name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.empty(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if WORLD_SIZE > 1:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
             # When a process dies the others wait for it this long; saving and sampling on rank 0 must take less.
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+            backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"  # not on Windows
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"--device {name} cannot be used: {first_line(e)}") from e
@@ -841,6 +849,11 @@ def fail(message):
     """Prints a sentence about what went wrong -> exit code."""
     print(f"train_gpt2.py: error: {message}" + f" [rank {RANK}]" * (WORLD_SIZE > 1), file=sys.stderr)
     return 1
+
+
+def out_of_memory(error):
+    """-> whether an exception says that a GPU, or the machine, has no more memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def first_line(error):
@@ -870,7 +883,7 @@ def caught_signals():
 
 
 def signal_to_stop(received, wait):
-    """received: the list of caught_signals; wait: whether a GPU may wait for the processes to ask each other
+    """received: the list of caught_signals; wait: whether the processes may ask each other, for which a GPU waits
     -> number of the signal on which all of them stop now, or 0."""
     if WORLD_SIZE > 1 and not wait:
         return 0
@@ -880,6 +893,8 @@ def signal_to_stop(received, wait):
 
 def pick_dtype(name, device):  # [1:39:38]
     """name: auto or a dtype -> (torch.dtype of the matrix products, the reason)."""
+    if device.type == "mps":
+        return torch.float32, "a Mac's GPU trains without autocast here"
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "cuda":  # torch.cuda.is_bf16_supported() counts emulation, which is slow
@@ -922,8 +937,8 @@ def get_lr(step, cfg):  # [2:21:06]
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
     if step >= cfg.max_steps:
         return cfg.min_lr
-    progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)  # from 0 to 1
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
+    decay_ratio = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)  # from 0 to 1
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * decay_ratio)) * (cfg.max_lr - cfg.min_lr)
 
 
 def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad_clip, grad_accum_steps):  # [2:34:09]
@@ -943,12 +958,13 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, grad
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if device.type == "cpu" and not scaler.is_enabled() and not norm.isfinite():  # a GPU would have to wait for this
-        return total_loss, norm
+    # All optimizers skip a bad update, or none. A GPU would have to wait for the check; with a scaler it waits anyway.
+    skip = (device.type == "cpu" or scaler.is_enabled()) and not norm.isfinite()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        scaler.step(optimizer)
+        if not skip:
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return total_loss, norm
@@ -964,13 +980,36 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
             loss = compiled(x.to(device), y.to(device))[1]
         loss.backward()  # the backward pass compiles here, so that the time of no step holds it
         return compiled
-    except torch.OutOfMemoryError:
-        raise
     except Exception as e:  # no C++ compiler on a CPU, no Triton on a GPU, a Python too new for it
+        if out_of_memory(e):
+            raise
         print0(f"warning: torch.compile does not work here, going on without it: {first_line(e)}")
         return model
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def make_loaders(cfg, config):
+    """-> (train, val) DataLoaderLite for a model of this GPTConfig. Raises UserError where cfg or data do not fit."""
+    if cfg.sequence_length > config.block_size:
+        raise UserError(f"--sequence_length {cfg.sequence_length} is over the model's block_size {config.block_size}; "
+                        f"lower it to {config.block_size} or less")
+    if cfg.total_batch_size % (cfg.batch_size * cfg.sequence_length * WORLD_SIZE):
+        raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size {cfg.batch_size} "
+                        f"x --sequence_length {cfg.sequence_length} x {WORLD_SIZE} processes")
+    B, T = cfg.batch_size, cfg.sequence_length
+    loaders = []
+    for split, seed, needed in ("train", cfg.seed if cfg.shuffle else None, B * WORLD_SIZE), ("val", None, 1):
+        shards = load_tokens(cfg.data, split, Path(cfg.out_dir))
+        loader = DataLoaderLite(shards, B, T, seed, RANK, WORLD_SIZE, config.vocab_size)
+        if loader.n_windows < needed:
+            raise UserError(f"--data {cfg.data} is too short: its {split} split has {loader.n_windows} windows of "
+                            f"--sequence_length {T} and a last target, but needs {needed}; lower --sequence_length "
+                            "or --batch_size")
+        loader.get(range(min(B, loader.n_windows)))  # raises now if the data have tokens that the model has not
+        print0(f"{split}: {sum(map(len, shards)):,} tokens of {cfg.data}, {loader.n_windows:,} windows of {T} an epoch")
+        loaders.append(loader)
+    return loaders
 
 
 @contextmanager
@@ -994,12 +1033,19 @@ EXPORTED_FILES = {"config.json", "model.safetensors", "merges.txt", "vocab.json"
 @contextmanager
 def whole_folder(folder):
     """Gives a temporary folder to write to, which takes folder's place at the end; on an error nothing changes."""
-    try:
-        if folder.exists() and {p.name for p in folder.iterdir() if p.name[0] != "."} - EXPORTED_FILES:
-            raise UserError(f"{folder} holds other files than an exported model's; give another folder")
-        new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    from safetensors import SafetensorError
+    new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+
+    def clear():
+        if old.exists() and not folder.exists():  # something stopped it between the two renames
+            old.rename(folder)
         for leftover in new, old:
             shutil.rmtree(leftover, ignore_errors=True)
+
+    try:
+        clear()
+        if folder.exists() and {p.name for p in folder.iterdir() if p.name[0] != "."} - EXPORTED_FILES:
+            raise UserError(f"{folder} holds other files than an exported model's; give another folder")
         new.mkdir(parents=True)
         try:
             yield new
@@ -1007,10 +1053,9 @@ def whole_folder(folder):
                 folder.rename(old)  # a folder that is not empty cannot be renamed over
             new.rename(folder)
         finally:
-            for leftover in new, old:
-                shutil.rmtree(leftover, ignore_errors=True)
-    except OSError as e:
-        raise UserError(f"cannot write the model to {folder}: {e.strerror or e}") from e
+            clear()
+    except (OSError, SafetensorError) as e:  # safetensors says so when the disk is full
+        raise UserError(f"cannot write the model to {folder}: {first_line(e)}") from e
 
 
 CHECKPOINT_FORMAT = 1  # of ckpt.pt; counts up when its layout changes
@@ -1038,26 +1083,30 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def make_loaders(cfg, config):
-    """-> (train, val) DataLoaderLite for a model of this GPTConfig. Raises UserError where cfg or data do not fit."""
-    if cfg.sequence_length > config.block_size:
-        raise UserError(f"--sequence_length {cfg.sequence_length} is over the model's block_size {config.block_size}; "
-                        f"lower it to {config.block_size} or less")
-    if cfg.total_batch_size % (cfg.batch_size * cfg.sequence_length * WORLD_SIZE):
-        raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size {cfg.batch_size} "
-                        f"x --sequence_length {cfg.sequence_length} x {WORLD_SIZE} processes")
-    B, T, seed = cfg.batch_size, cfg.sequence_length, cfg.seed if cfg.shuffle else None
-    loaders = []
-    for split, order, needed in ("train", seed, B * WORLD_SIZE), ("val", None, 1):
-        shards = load_tokens(cfg.data, split, Path(cfg.out_dir))
-        loader = DataLoaderLite(shards, B, T, order, RANK, WORLD_SIZE, config.vocab_size)
-        if loader.n_windows < needed:
-            raise UserError(f"--data {cfg.data} is too short: its {split} split has {loader.n_windows} windows of "
-                            f"--sequence_length {T} and a last target, but needs {needed} (--batch_size x processes)")
-        loader.get(range(min(B, loader.n_windows)))  # raises now if the data have tokens that the model has not
-        print0(f"{split}: {sum(map(len, shards)):,} tokens of {cfg.data}, {loader.n_windows:,} windows of {T} an epoch")
-        loaders.append(loader)
-    return loaders
+def checkpoint_state(step, raw_model, optimizers, scaler, loader, cfg):
+    """-> what restore and resume need: tensors and plain values, and no class of ours, which weights_only refuses."""
+    return dict(step=step, model=raw_model.state_dict(), scaler=scaler.state_dict(),
+                optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers], rng=torch.get_rng_state(),
+                position=loader.position, n_windows=loader.n_windows, config=asdict(raw_model.config),
+                train_config=asdict(cfg))
+
+
+def restore(checkpoint, optimizers, scaler, loader):
+    """Puts the state of a checkpoint into them. Raises UserError if the data are not those it was trained on, or if the
+    processes, which may be on machines with a disk each, did not read the same one."""
+    step = checkpoint["step"]
+    if sum_over_ranks(step)[0] != WORLD_SIZE * step:
+        raise UserError(f"one process read a checkpoint of step {step}, another one a different one; --out_dir "
+                        "must hold the same ckpt.pt on every machine, and no other run may write to it")
+    if loader.n_windows != checkpoint["n_windows"]:
+        raise UserError(f"the data have {loader.n_windows} windows an epoch, but the checkpoint was made with "
+                        f"{checkpoint['n_windows']}: the order of training would not go on")
+    loader.position = checkpoint["position"]
+    if checkpoint["scaler"]:  # empty after a run that did not scale
+        scaler.load_state_dict(checkpoint["scaler"])
+    torch.set_rng_state(checkpoint["rng"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # decay and the like are the flags'
 
 
 class OutDir:
@@ -1093,33 +1142,8 @@ class OutDir:
 
 
 def due(step, every, cfg):
-    """-> whether something that happens every so many steps, and after the last one, happens after this step."""
+    """-> whether what happens every so many steps, and after the last one, happens after this step."""
     return every > 0 and (step % every == 0 or step == cfg.max_steps)
-
-
-def checkpoint_state(step, best_val_loss, raw_model, optimizers, scaler, loader, cfg):
-    """-> what restore and resume need: tensors and plain values, and no class of ours, which weights_only refuses."""
-    return dict(step=step, best_val_loss=best_val_loss, model=raw_model.state_dict(), scaler=scaler.state_dict(),
-                optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers], rng=torch.get_rng_state(),
-                position=loader.position, n_windows=loader.n_windows, config=asdict(raw_model.config),
-                train_config=asdict(cfg))
-
-
-def restore(checkpoint, optimizers, scaler, loader):
-    """Puts the state of a checkpoint into them. Raises UserError if the data are not those it was trained on, or if the
-    processes, which may be on machines with a disk each, did not read the same one."""
-    step = checkpoint["step"]
-    if sum_over_ranks(step)[0] != WORLD_SIZE * step:
-        raise UserError(f"one process read a checkpoint of step {step}, another one a different one; --out_dir "
-                        "must hold the same ckpt.pt on every machine, and no other run may write to it")
-    if loader.n_windows != checkpoint["n_windows"]:
-        raise UserError(f"the data have {loader.n_windows} windows an epoch, but the checkpoint was made with "
-                        f"{checkpoint['n_windows']}: the order of training would not go on")
-    loader.position = checkpoint["position"]
-    scaler.load_state_dict(checkpoint["scaler"])
-    torch.set_rng_state(checkpoint["rng"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # decay and the like are the flags'
 
 
 def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signals):  # [56:42]
@@ -1132,9 +1156,8 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
     grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.sequence_length * WORLD_SIZE)
     optimizers = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start, best_val_loss = 0, math.inf
+    start = checkpoint["step"] if checkpoint else 0
     if checkpoint:
-        start, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
         restore(checkpoint, optimizers, scaler, loader)
     out = OutDir(cfg.out_dir, start) if RANK == 0 else None
     model = compile_model(raw_model, loader, autocast, device) if cfg.compile else raw_model
@@ -1148,11 +1171,10 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
             synchronize()  # or the pause would hold the GPU's work on the last steps
         pause = time.perf_counter()
         if due(step, cfg.eval_every, cfg) and not (checkpoint and step == start):  # resumed: that was before the break
-            val_loss = report(cfg, raw_model, val_loader, hellaswag, out, step, autocast, device)
-            best_val_loss = min(best_val_loss, val_loss)
-        stop = signal_to_stop(signals, wait=device.type == "cpu" or due(step, cfg.log_every, cfg))
+            report(cfg, raw_model, val_loader, hellaswag, out, step, autocast, device)
+        stop = signal_to_stop(signals, wait=device.type == "cpu" or due(step, cfg.log_every or 25, cfg))
         if out and step > start and (due(step, cfg.save_every, cfg) or stop and cfg.save_every):
-            state = checkpoint_state(step, best_val_loss, raw_model, optimizers, scaler, loader, cfg)
+            state = checkpoint_state(step, raw_model, optimizers, scaler, loader, cfg)
             with out.write("ckpt.pt"):
                 save_checkpoint(out.path / "ckpt.pt", **state)
         if stop or step == cfg.max_steps:  # only now, so that the last update is evaluated and saved too
@@ -1173,27 +1195,31 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
             print_step(cfg, raw_model, dtype, device, step + 1, loss, lr, norm.item(), seconds)
             if out:
                 out.record(step + 1, "train", loss)
-    conclude(cfg, out, stop, step, best_val_loss)
+    conclude(cfg, raw_model, out, stop, step)
     return stop
 
 
-def conclude(cfg, out, stop, step, best_val_loss):
-    """Draws the losses and prints how the training ended. Raises UserError if a file of it could not be written."""
-    if out:
-        with out.write("loss.png"):
-            plot_losses(out.path, cfg.total_batch_size, cfg.data)
-    if out and out.trouble:
+def conclude(cfg, raw_model, out, stop, step):
+    """Draws the losses, exports what was trained to the end and prints how that was. Raises UserError if a file of the
+    run could not be written."""
+    if not out:
+        return
+    with out.write("loss.png"):
+        plot_losses(out.path, cfg.total_batch_size, cfg.data)
+    if not stop:
+        raw_model.save_pretrained(out.path / "model")
+    if out.trouble:
         raise UserError("; ".join(f"{out.path / name} could not be written: {e}" for name, e in out.trouble.items()))
     if stop:
         goes_on = f"--init_from resume --out_dir {cfg.out_dir} goes on from there"
         print0(f"stopped at step {step}; {goes_on if step and cfg.save_every else 'nothing was saved'}")
-    elif best_val_loss < math.inf:
-        print0(f"best validation loss {best_val_loss:.4f}")
+    elif val_losses := [value for _, stream, value in read_log(out.path / "log.txt") if stream == "val"]:
+        print0(f"best validation loss {min(val_losses):.4f}")
 
 
 def report(cfg, raw_model, val_loader, hellaswag, out, step, autocast, device):
-    """Evaluates in all processes; in the one with an OutDir, prints and records it, draws the losses and writes a short
-    sample. -> validation loss."""
+    """Evaluates in all processes; the one with an OutDir prints and records it, draws the losses and writes a short
+    sample."""
     val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
     acc, acc_norm = evaluate_hellaswag(raw_model, hellaswag) if hellaswag else (None, None)
     if out:
@@ -1206,7 +1232,6 @@ def report(cfg, raw_model, val_loader, hellaswag, out, step, autocast, device):
             plot_losses(out.path, cfg.total_batch_size, cfg.data)
         if step < cfg.max_steps or not cfg.num_samples:  # at the end come the long samples
             sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
-    return val_loss
 
 
 def check_finite(step, loss, norm, scaler, cfg):
@@ -1307,35 +1332,33 @@ def run(given, shape):
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, shape, checkpoint).to(device)
     dtype, why = pick_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and device.type != "mps")
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     print_setup(cfg, model, device, dtype, why)
     if cfg.max_steps:
         if device.type == "cpu":
             keep_freed_memory()
         with caught_signals() as signals:
             if stopped_by := train(cfg, model.float(), checkpoint, hellaswag, device, dtype, autocast, signals):
+                end_process()
                 return 128 + stopped_by
     elif hellaswag:
         acc, acc_norm = evaluate_hellaswag(model, hellaswag)
         print0(f"HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f} | {len(hellaswag)} examples")
     if RANK == 0:
-        finish(cfg, model, device, dtype)
+        finish(cfg, model, dtype)
     end_process()
     return 0
 
 
-def finish(cfg, model, device, dtype):
-    """Exports what was trained, prints the samples and says which files there are."""
-    out_dir = Path(cfg.out_dir)
-    if cfg.max_steps:
-        model.save_pretrained(out_dir / "model")
-    elif device.type != "mps":
+def finish(cfg, model, dtype):
+    """Prints the samples and says which files there are."""
+    if not cfg.max_steps:
         model.to(dtype)  # weights of half the size are read in half the time
     if cfg.num_samples:
         sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
     if cfg.max_steps:
-        files = [name for name in ("log.txt", "loss.png", "ckpt.pt", "model") if (out_dir / name).exists()]
-        print0(f"{out_dir}/ holds {', '.join(files)}")
+        files = [name for name in ("log.txt", "loss.png", "ckpt.pt", "model") if (Path(cfg.out_dir) / name).exists()]
+        print0(f"{cfg.out_dir}/ holds {', '.join(files)}")
 
 
 def parse_flags(argv):
@@ -1362,7 +1385,7 @@ def parse_flags(argv):
         known = [f"--{f.name}" for config in (TrainConfig, GPTConfig) for f in fields(config)]
         name = unknown[0].split("=")[0]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-        close = close or [flag for flag in known if flag.endswith(f"_{name.lstrip('-')}")]  # of --lr
+        close = close or [flag for flag in known if flag.endswith(f"_{name.lstrip('-')}")]  # --max_lr for --lr
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         parser.error(f"there is no flag {unknown[0]}{hint}" if unknown[0].startswith("-") else
                      f"{unknown[0]!r} belongs to no flag; a switch is --compile or --no-compile")
@@ -1376,7 +1399,9 @@ def main(argv=None):  # [3:59:39]
         return run(*parse_flags(argv))
     except UserError as e:
         return fail(e)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
         return fail("out of memory; halve --batch_size, or take a smaller --model or --sequence_length "
                     f"({first_line(e)})")
     except KeyboardInterrupt:

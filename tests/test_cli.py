@@ -94,6 +94,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
     (["--optimizer=sgd"], "invalid choice: 'sgd'"),
     (["--n_embd=100", "--n_head=3"], "--n_embd 100 is not a multiple of --n_head 3"),
     (["--n_layer=0"], "--n_layer must be a number of at least 1, not 0"),
+    (["--n_embd=2000000", "--n_head=1"], "out of memory; halve --batch_size"),
     (["--temperature=-1"], "--temperature must be a number of at least 0, not -1.0"),
     (["--top_k=0"], "--top_k must be a number of at least 1, not 0"),
     (["--model=gpt3"], "there is no --model gpt3"),

@@ -2,8 +2,10 @@
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -168,19 +170,35 @@ def test_finetuned_model_loads_in_transformers(hf_model, tmp_path, text, cli):
     assert after.dtype == torch.float32 and 0 < (before - after).abs().max() < 0.1  # trained, in float32, from there
 
 
-def test_saving_never_leaves_half_a_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("No space left on device"), safetensors.SafetensorError("No space left"),
+                                   KeyboardInterrupt("No space left")])
+def test_saving_never_leaves_half_a_model(tmp_path, monkeypatch, error):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=101))
     model.save_pretrained(tmp_path / "model")
     before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
 
     def full_disk(tensors, path, metadata):
         path.write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise error
 
-    with monkeypatch.context() as m, torch.no_grad():
+    def renamed_into_place(self, target):
+        if self.name == "model.tmp":
+            raise error
+        return rename(self, target)
+
+    rename = Path.rename
+    for name, broken in ("safetensors.torch.save_file", full_disk), ("pathlib.Path.rename", renamed_into_place):
+        with monkeypatch.context() as m, torch.no_grad():
+            m.setattr(name, broken)
+            model.transformer.wpe.weight.zero_()
+            with pytest.raises((UserError, KeyboardInterrupt), match="No space left"):
+                model.save_pretrained(tmp_path / "model")
+        assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "model").rename(tmp_path / "model.old")  # as a kill between the two renames leaves it
+    with monkeypatch.context() as m:
         m.setattr("safetensors.torch.save_file", full_disk)
-        model.transformer.wpe.weight.zero_()
-        with pytest.raises(UserError, match="No space left on device"):
+        with pytest.raises((UserError, KeyboardInterrupt)):
             model.save_pretrained(tmp_path / "model")
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -12,7 +12,7 @@ import torch
 
 import train_gpt2
 from conftest import ROOT, TINY_RUN
-from train_gpt2 import load_checkpoint, main
+from train_gpt2 import GPT, load_checkpoint, main
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_going(text, tmp_path,
     assert out.count("warning: log/ckpt.pt could not be written") == 2 and " 4/4 | val loss" in out
     assert "log/ckpt.pt could not be written" in err and "No space left" in err
     assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2
+    assert GPT.from_pretrained("log/model").config.n_layer == 2  # what was trained is not lost
     assert not list(Path("log").glob("*.tmp"))
 
 

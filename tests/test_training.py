@@ -140,6 +140,34 @@ def test_float16_on_a_cpu_survives_overflowing_gradients(make):
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
+def test_an_overflow_in_one_optimizer_is_skipped_by_both(make):
+    model, optimizers, loader = make(4, "muon")
+    before = [p.detach().clone() for p in model.parameters()]
+    model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.inf)  # AdamW's
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer_step(model, loader, optimizers, scaler, nullcontext(), CPU, 1e-3, 0.0, 1)
+    assert scaler.get_scale() == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_a_checkpoint_without_a_scaler_goes_on_with_one(make):
+    model, optimizers, loader = make(4)
+    steps(model, optimizers, loader, 1)
+    cfg, off = TrainConfig(), torch.amp.GradScaler("cpu", enabled=False)
+    checkpoint = train_gpt2.checkpoint_state(3, model, optimizers, off, loader, cfg)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    train_gpt2.restore(checkpoint, optimizers, scaler, loader)
+    assert scaler.get_scale() == 2.0**7
+    train_gpt2.restore(train_gpt2.checkpoint_state(3, model, optimizers, scaler, loader, cfg), optimizers, off, loader)
+
+
+def test_dtype_of_each_device():
+    assert train_gpt2.pick_dtype("float16", CPU)[0] == torch.float16
+    assert train_gpt2.pick_dtype("auto", CPU)[0] in (torch.float32, torch.bfloat16)
+    for name in "auto", "bfloat16", "float16":  # without autocast neither these products nor a GradScaler
+        assert train_gpt2.pick_dtype(name, torch.device("mps"))[0] == torch.float32
+
+
 def test_loss_png_has_both_losses_over_tokens_and_gpt2s_for_fineweb_edu(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig",
