@@ -1149,8 +1149,8 @@ def due(step, every, cfg):
 def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signals):  # [56:42]
     """
     Trains raw_model in place up to cfg.max_steps updates, from the checkpoint's state if there is one; leaves log.txt,
-    loss.png and ckpt.pt in cfg.out_dir. step is the number of updates done. -> 0, or the one of the signals that ended
-    it early. Raises UserError where the data, the losses or the disk make going on senseless.
+    loss.png, ckpt.pt and, at the end, model/ in cfg.out_dir. step is the number of updates done. -> 0, or the one of
+    the signals that ended it early. Raises UserError where the data, the losses or the disk make going on senseless.
     """
     loader, val_loader = make_loaders(cfg, raw_model.config)
     grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.sequence_length * WORLD_SIZE)
