@@ -1092,8 +1092,8 @@ def checkpoint_state(step, raw_model, optimizers, scaler, loader, cfg):
 
 
 def restore(checkpoint, optimizers, scaler, loader):
-    """Puts the state of a checkpoint into them. Raises UserError if the data are not those it was trained on, or if the
-    processes, which may be on machines with a disk each, did not read the same one."""
+    """Puts the state of a checkpoint into them -> its step. Raises UserError if the data are not those it was trained
+    on, or if the processes, which may be on machines with a disk each, did not read the same one."""
     step = checkpoint["step"]
     if sum_over_ranks(step)[0] != WORLD_SIZE * step:
         raise UserError(f"one process read a checkpoint of step {step}, another one a different one; --out_dir "
@@ -1107,6 +1107,7 @@ def restore(checkpoint, optimizers, scaler, loader):
     torch.set_rng_state(checkpoint["rng"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # decay and the like are the flags'
+    return step
 
 
 class OutDir:
@@ -1156,9 +1157,7 @@ def train(cfg, raw_model, checkpoint, hellaswag, device, dtype, autocast, signal
     grad_accum_steps = cfg.total_batch_size // (cfg.batch_size * cfg.sequence_length * WORLD_SIZE)
     optimizers = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start = checkpoint["step"] if checkpoint else 0
-    if checkpoint:
-        restore(checkpoint, optimizers, scaler, loader)
+    start = restore(checkpoint, optimizers, scaler, loader) if checkpoint else 0
     out = OutDir(cfg.out_dir, start) if RANK == 0 else None
     model = compile_model(raw_model, loader, autocast, device) if cfg.compile else raw_model
     if WORLD_SIZE > 1:  # [2:46:52]
