@@ -152,7 +152,7 @@ class KVCache:
 
 class CausalSelfAttention(nn.Module):
     """Every position looks at itself and at those before it. x: (B, T, C) -> (B, T, C).
-    Linear, here and below, is nn.Linear in another order of reading where a CPU samples."""
+    Linear, here and below, is nn.Linear made faster where a CPU samples."""
 
     def __init__(self, config):
         super().__init__()
