@@ -999,7 +999,7 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
     print0("compiling the model")
     x, y = loader.get(range(loader.B))
     try:
-        compiled = torch.compile(model, options={"cpp.use_decompose_tanh": True})  # GELU in two thirds of the time on a CPU
+        compiled = torch.compile(model, options={"cpp.use_decompose_tanh": True})  # a third off GELU on a CPU
         with autocast:
             loss = compiled(x.to(device), y.to(device))[1]
         loss.backward()  # the backward pass compiles here, so that the time of no step holds it
