@@ -670,7 +670,7 @@ def evaluate(model, loader, max_batches, autocast, device):
     for start in range(loader.rank * loader.B, n, loader.world_size * loader.B):
         x, y = loader.get(range(start, min(start + loader.B, n)))  # the last batch may be shorter
         with autocast:
-            _, loss = model(x.to(device), y.to(device))
+            loss = model(x.to(device), y.to(device))[1]  # a name for the logits would keep them for another batch
         total_loss += loss.item() * len(x)
     return sum_over_ranks(total_loss)[0] / n
 
