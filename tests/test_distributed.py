@@ -43,8 +43,9 @@ def test_two_processes_train_like_one(torchrun, tmp_path):
     flags = [f"--{name}={value}" for name, value in NANO.items()] + [
         "--data=shards", "--sequence_length=32", "--total_batch_size=512", "--max_steps=20", "--eval_every=10",
         "--log_every=1", "--num_samples=0", "--max_new_tokens=4", "--no-compile", "--device=cpu", "--dtype=float32",
-        "--optimizer=adamw", "--save_every=10", "--max_lr=1e-3", "--min_lr=1e-4", f"--hellaswag={hellaswag}"]
-    one = torchrun(1, *flags, "--batch_size=16", "--out_dir=one")
+        "--optimizer=muon", "--save_every=10", "--max_lr=1e-3", "--min_lr=1e-4", "--eval_batches=2",
+        f"--hellaswag={hellaswag}"]
+    one = torchrun(1, *flags, "--batch_size=4", "--out_dir=one")  # 4 micro-steps, and the same batches to evaluate
     two = torchrun(2, *flags, "--batch_size=4", "--out_dir=two")  # 2 micro-steps, 3 epochs
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     expected = records(tmp_path / "one" / "log.txt")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY_RUN
-from train_gpt2 import GPT, GPTConfig, UserError, evaluate_hellaswag, get_tokenizer, read_hellaswag
+from train_gpt2 import GPT, GPTConfig, UserError, evaluate_hellaswag, get_tokenizer
 
 
 def write(path, examples):
@@ -39,9 +39,12 @@ def test_acc_and_acc_norm_by_hand(tmp_path):
         ("It is", ["bad", "good", "very bad", "not"], 1),  # both are ending 1's
         ("It is", ["good", "bad"], 1),  # neither
     ]
-    assert evaluate_hellaswag(Uniformish(), read_hellaswag(write(tmp_path / "h.jsonl", examples))) == [2 / 4, 2 / 4]
-    assert evaluate_hellaswag(Uniformish(), [examples[0], examples[2]]) == [1, 0.5]
-    assert evaluate_hellaswag(Uniformish(), [examples[1], examples[2]]) == [0.5, 1]
+    def score(*examples):
+        return evaluate_hellaswag(Uniformish(), write(tmp_path / "h.jsonl", examples))
+
+    assert score(*examples) == (2 / 4, 2 / 4)
+    assert score(examples[0], examples[2]) == (1, 0.5)
+    assert score(examples[1], examples[2]) == (0.5, 1)
 
 
 def made_examples(n):
@@ -67,7 +70,7 @@ def score_one_by_one(model, context, endings):
     return losses
 
 
-def test_against_a_scorer_without_batches():
+def test_against_a_scorer_without_batches(tmp_path):
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24))  # shorter than many of the contexts
     for p in model.parameters():
@@ -78,27 +81,18 @@ def test_against_a_scorer_without_batches():
         losses = score_one_by_one(model, context, endings)
         right += min(range(4), key=lambda i: losses[i][0]) == label
         right_norm += min(range(4), key=lambda i: losses[i][0] / losses[i][1]) == label
-    assert evaluate_hellaswag(model, examples) == [right / 30, right_norm / 30]
-    for n in (1, 3):  # padded beside others or not
-        for k in range(0, 6, n):
-            one_by_one = [evaluate_hellaswag(model, [e]) for e in examples[k:k + n]]
-            assert evaluate_hellaswag(model, examples[k:k + n]) == pytest.approx([sum(c) / n for c in zip(*one_by_one)])
+    assert evaluate_hellaswag(model, write(tmp_path / "h.jsonl", examples)) == (right / 30, right_norm / 30)
 
 
 @pytest.mark.parametrize("line", [
     "{", "[]", '{"ctx": "a", "endings": ["b"]}', '{"ctx": "a", "endings": ["b"], "label": 1}',
     '{"ctx": "a", "endings": ["b"], "label": -1}', '{"ctx": "a", "endings": 3, "label": 0}',
     '{"ctx": "a", "endings": ["b"], "label": ""}'])
-def test_a_broken_line_is_named(tmp_path, line):
+def test_a_broken_line_is_refused(tmp_path, line):
     path = write(tmp_path / "h.jsonl", made_examples(2))
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"h\.jsonl is broken in line 3"):
-        read_hellaswag(path)
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="h.jsonl is empty"):
-        read_hellaswag(write(tmp_path / "h.jsonl", []))
+    with pytest.raises(UserError, match=r"h\.jsonl has a line that is no object with ctx, endings and label"):
+        evaluate_hellaswag(Uniformish(), path)
 
 
 def test_through_the_command_line(cli, text, tmp_path):
@@ -110,5 +104,4 @@ def test_through_the_command_line(cli, text, tmp_path):
     alone = cli("--init_from=resume", "--max_steps=0", "--num_samples=0", "--hellaswag", path).stdout
     assert f"HellaSwag acc_norm {float(hella[-1][2]):.4f} | acc" in alone and "| 6 examples" in alone
     missing = cli(*TINY_RUN, "--data", text, "--hellaswag=nowhere.jsonl", "--out_dir=other")
-    assert missing.returncode == 1 and "nowhere.jsonl cannot be read" in missing.stderr
-    assert not (tmp_path / "other").exists()
+    assert missing.returncode == 1 and "nowhere.jsonl" in missing.stderr and "Traceback" not in missing.stderr

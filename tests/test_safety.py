@@ -59,7 +59,6 @@ def test_a_signal_saves_and_says_how_to_go_on(start, cli, tmp_path, number, code
 
 def test_a_second_signal_stops_at_once(start, tmp_path):
     process = start("--batch_size=64", "--total_batch_size=10240000")  # a step takes minutes
-    assert process.stdout.readline().startswith("model")
     while not process.stdout.readline().startswith("val:"):
         pass
     time.sleep(2)
@@ -91,11 +90,11 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_going(text, tmp_path,
     monkeypatch.chdir(tmp_path)
     save = torch.save
 
-    def full_after_step_2(state, f):
+    def full_after_step_2(state, path):
         if state["step"] > 2:
-            f.write(b"half")
+            path.write_bytes(b"half")
             raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
-        save(state, f)
+        save(state, path)
 
     monkeypatch.setattr(torch, "save", full_after_step_2)
     assert main([*TINY_RUN, "--data", str(text), "--save_every=1"]) == 1
@@ -122,34 +121,35 @@ def test_out_dir_that_cannot_be_written_is_found_before_training(cli, text, tmp_
     (tmp_path / "file").write_text("")
     for out_dir in ("file", "file/log", "/proc/log"):
         done = cli(*TINY_RUN, "--data", text, "--out_dir", out_dir)
-        assert done.returncode == 1 and f"--out_dir {out_dir} cannot be written to" in done.stderr, done.stderr
+        assert done.returncode == 1 and out_dir.split("/")[0] in done.stderr, done.stderr
         assert "loss" not in done.stdout
 
 
-@pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_stop_the_run_before_the_update(text, tmp_path, monkeypatch, capsys, poison):
+@pytest.mark.parametrize("poison", ["loss", "gradient", "weights", "weights and Ctrl-C"])
+def test_numbers_that_are_not_finite_are_never_saved(text, tmp_path, monkeypatch, capsys, poison):
     monkeypatch.chdir(tmp_path)
-    step = train_gpt2.optimizer_step
-    weights = []
+    step, n = train_gpt2.optimizer_step, []
 
-    def poisoned(model, loader, *args):
-        weights.append([p.detach().clone() for p in model.parameters()])
-        if len(weights) == 3:
-            if poison == "loss":
-                model.transformer.ln_f.register_forward_hook(lambda module, x, y: y * float("nan"))
-            else:
-                model.transformer.ln_f.bias.register_hook(lambda grad: grad / 0)
-        result = step(model, loader, *args)
-        if len(weights) == 3:
-            assert all(torch.equal(a, b) for a, b in zip(weights[2], model.parameters()))
+    def poisoned(model, *args):
+        n.append(1)
+        if len(n) == 3 and poison == "loss":
+            model.transformer.ln_f.register_forward_hook(lambda module, x, y: y * float("nan"))
+        if len(n) == 3 and poison == "gradient":
+            model.transformer.ln_f.bias.register_hook(lambda grad: grad / 0)
+        result = step(model, *args)
+        if len(n) == 3 and "weights" in poison:
+            with torch.no_grad():
+                model.transformer.ln_f.bias.fill_(float("nan"))
+            if "Ctrl-C" in poison:
+                os.kill(os.getpid(), signal.SIGINT)
         return result
 
     monkeypatch.setattr(train_gpt2, "optimizer_step", poisoned)
-    assert main([*TINY_RUN, "--data", str(text), "--save_every=1"]) == 1
-    out, err = capsys.readouterr()
-    assert "step 3: the loss is" in err and "--max_lr" in err
-    assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2
-    assert "3 train" not in Path("log/log.txt").read_text()
+    assert main([*TINY_RUN, "--data", str(text), "--save_every=2", "--max_steps=5", "--eval_every=0"]) == 1
+    err = capsys.readouterr().err
+    assert ("the weights are not finite" if poison == "weights and Ctrl-C" else "the loss is") in err and "--max_lr" in err
+    assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2 and not Path("log/model").exists()
+    assert ("3 train" in Path("log/log.txt").read_text()) == ("weights" in poison)
 
 
 def test_other_data_under_a_checkpoint_is_refused(cli, text, tmp_path):
