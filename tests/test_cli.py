@@ -75,11 +75,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
         torch.testing.assert_close(whole[key], parts[key], atol=0, rtol=0)
 
     with pytest.raises(UserError, match="--n_layer contradicts the model, a GPTConfig.*n_layer=2"):
-        train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--n_layer=3"]))
+        train_gpt2.run(parse_flags(["--init_from=resume", "--out_dir=parts", "--n_layer=3"]))
     with pytest.raises(UserError, match="--seed 2 contradicts parts/ckpt.pt, which was made with 1337"):
-        train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--seed=2"]))
-    with pytest.raises(UserError, match="--max_steps 23 of the whole run; parts/ckpt.pt has 24 already"):
-        train_gpt2.run(*parse_flags(["--init_from=resume", "--out_dir=parts", "--max_steps=23"]))
+        train_gpt2.run(parse_flags(["--init_from=resume", "--out_dir=parts", "--seed=2"]))
+    with pytest.raises(UserError, match="--max_steps 23 in all, but parts/ckpt.pt has 24"):
+        train_gpt2.run(parse_flags(["--init_from=resume", "--out_dir=parts", "--max_steps=23"]))
     assert main(["--init_from=resume", "--out_dir=parts", "--max_steps=0"]) == 0  # only samples
     assert main(["--init_from=resume", "--out_dir=parts", "--max_steps=26", "--max_lr=1e-4", "--min_lr=1e-5"]) == 0
     assert load_checkpoint(Path("parts/ckpt.pt"))["step"] == 26
@@ -189,9 +189,9 @@ def test_help_explains_every_knob(cli):
 
 
 def test_flags_are_the_fields():
-    given, shape = parse_flags(["--max_steps", "7", "--no-compile", "--max_lr=0.5", "--n_layer=3", "--optimizer=adamw"])
-    assert given == dict(max_steps=7, compile=False, max_lr=0.5, optimizer="adamw") and shape == dict(n_layer=3)
-    assert TrainConfig(**given).max_steps == 7
+    given = parse_flags(["--max_steps", "7", "--no-compile", "--max_lr=0.5", "--n_layer=3", "--optimizer=adamw"])
+    assert given == dict(max_steps=7, compile=False, max_lr=0.5, optimizer="adamw", n_layer=3)
+    assert given.pop("n_layer") == 3 and TrainConfig(**given).max_steps == 7
 
 
 def test_importing_runs_nothing():

@@ -84,6 +84,11 @@ def test_against_a_scorer_without_batches(tmp_path):
     assert evaluate_hellaswag(model, write(tmp_path / "h.jsonl", examples)) == (right / 30, right_norm / 30)
 
 
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"h\.jsonl has a line.*no examples"):
+        evaluate_hellaswag(Uniformish(), write(tmp_path / "h.jsonl", []))
+
+
 @pytest.mark.parametrize("line", [
     "{", "[]", '{"ctx": "a", "endings": ["b"]}', '{"ctx": "a", "endings": ["b"], "label": 1}',
     '{"ctx": "a", "endings": ["b"], "label": -1}', '{"ctx": "a", "endings": 3, "label": 0}',

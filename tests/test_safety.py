@@ -121,7 +121,7 @@ def test_out_dir_that_cannot_be_written_is_found_before_training(cli, text, tmp_
     (tmp_path / "file").write_text("")
     for out_dir in ("file", "file/log", "/proc/log"):
         done = cli(*TINY_RUN, "--data", text, "--out_dir", out_dir)
-        assert done.returncode == 1 and out_dir.split("/")[0] in done.stderr, done.stderr
+        assert done.returncode == 1 and out_dir in done.stderr, done.stderr
         assert "loss" not in done.stdout
 
 
@@ -156,5 +156,5 @@ def test_other_data_under_a_checkpoint_is_refused(cli, text, tmp_path):
     assert cli(*TINY_RUN, "--data", text, "--num_samples=0").returncode == 0
     text.write_text(text.read_text()[:30_000])
     done = cli("--init_from=resume", "--max_steps=6")
-    assert done.returncode == 1 and "windows an epoch, but the checkpoint was made with" in done.stderr
+    assert done.returncode == 1 and "windows an epoch, the checkpoint was made with" in done.stderr
     assert os.path.exists(tmp_path / "log" / "ckpt.pt")

@@ -182,11 +182,11 @@ def test_loss_png_has_both_losses_over_tokens(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: drawn.extend(figure.axes))
     (tmp_path / "log.txt").write_text("0 val 10.800000\n5 train 6.100000\n10 train 5.500000\n10 val 5.000000\n15 tra")
-    train_gpt2.plot_losses(tmp_path, 100)
+    train_gpt2.plot_losses(tmp_path / "loss.png", 100)
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn[0].get_lines()}
     assert lines == {"train": ([500, 1000], [6.1, 5.5]), "val": ([0, 1000], [10.8, 5.0])}
     (tmp_path / "log.txt").write_text("")
-    train_gpt2.plot_losses(tmp_path, 100)
+    train_gpt2.plot_losses(tmp_path / "loss.png", 100)
 
 
 def test_processes_that_read_different_checkpoints_or_data_do_not_go_on(tmp_path, monkeypatch, make):
@@ -200,7 +200,7 @@ def test_processes_that_read_different_checkpoints_or_data_do_not_go_on(tmp_path
         return train_gpt2.train(cfg, model, shards, checkpoint, CPU, torch.float32)
 
     assert resume() == 0
-    with pytest.raises(UserError, match="30 windows an epoch, but the checkpoint was made with 29"):
+    with pytest.raises(UserError, match="30 windows an epoch, the checkpoint was made with 29"):
         resume(n_windows=29)
     monkeypatch.setattr(train_gpt2, "sum_over_ranks", lambda step: [step + 1])  # another process's is of step 1
     with pytest.raises(UserError, match="the processes did not read the same checkpoint"):
