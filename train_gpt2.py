@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -235,7 +236,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):  # [31:00]
         """
-        idx: (B, T) token ids -> (logits (B, T, V), None). With targets (B, T), the next ids: (None, loss), the
+        idx: (B, T) token ids -> (logits (B, T, V), None). With targets (B, T), the next ids: (None, loss),
         mean cross entropy in nats per token. With cache, a KVCache a layer: (logits (B, 1, V) of the last
         position, None), where idx is a prompt for an empty cache, later one token at a time.
         """
@@ -347,7 +348,11 @@ class GPT(nn.Module):
             groups[2 if is_muon else int(p.dim() < 2)]["params"].append(p)
         fused = device_type in ("cuda", "cpu", "mps")  # one kernel for all [2:26:21]
         kwargs = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
-        return Muon(groups, **kwargs) if optimizer == "muon" else torch.optim.AdamW(groups[:2], **kwargs)
+        if optimizer == "adamw":
+            return torch.optim.AdamW(groups[:2], **kwargs)
+        muon = Muon(groups, **kwargs)
+        muon._step_supports_amp_scaling = False  # fused AdamW would skip in its kernel, after Muon's part
+        return muon
 
 
 class Muon(torch.optim.AdamW):
@@ -356,10 +361,6 @@ class Muon(torch.optim.AdamW):
     AdamW's size (Liu et al. 2025, Muon is Scalable for LLM Training), so that one learning rate serves both.
     AdamW (Loshchilov & Hutter 2019) for the others. One optimizer: a GradScaler skips a bad update whole.
     """
-
-    def __init__(self, params, **kwargs):
-        super().__init__(params, **kwargs)
-        self._step_supports_amp_scaling = False  # fused AdamW would skip in its kernel, after Muon's part
 
     @torch.no_grad()
     def step(self):
@@ -419,7 +420,7 @@ def get_tokenizer():  # [33:31]
 
 def load_tokens(path, split):
     """path: a UTF-8 text, a token file or a folder of them -> list of (N,) uint16 arrays. split: val, the
-    last 10 %, in a folder the files with val in their names, or train, the rest. UserError if there are none."""
+    last 10 %, in a folder the files with val in their names, or train, the rest. UserError if it is empty."""
     path, is_tokens = Path(path), lambda p: p.suffix in (".npy", ".bin")
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if is_tokens(p) and ("val" in p.name) == (split == "val")]
@@ -836,9 +837,10 @@ def train(cfg, raw_model, shards, checkpoint, device, dtype):  # [56:42]
         if due:
             write("log.txt", record, step + 1, "train", loss)
         if due or cfg.log_every and step == start:  # the first one too: it says how long all will take
-            minutes, seconds = divmod(round(dt * (cfg.max_steps - step - 1)), 60)  # left
+            left = round(dt * (cfg.max_steps - step - 1))  # seconds
             print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                   f"{dt * 1000:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {minutes}m{seconds:02d}s left")
+                   f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | "
+                   f"{left // 60}m{left % 60:02d}s left")
 
     if last:
         write("model", raw_model.save_pretrained)
@@ -923,8 +925,8 @@ def parse_flags(argv):
 
 
 def main(argv=None):  # [3:59:39]
-    """argv: list of flags, None: the command line's -> exit code. A mistake of the user's, trouble with a file
-    or too little memory gets one sentence; anything else is a bug and shows its stack trace."""
+    """argv: list of flags, None: the command line's -> exit code. A user's mistake, trouble with a file or
+    too little memory gets one sentence; anything else is a bug and shows its stack trace."""
     try:
         return run(parse_flags(argv))
     except (UserError, OSError, RuntimeError, MemoryError) as e:
@@ -944,18 +946,17 @@ def main(argv=None):  # [3:59:39]
     return code
 
 
-# 8 Faster on a CPU. Without this section and its call in run everything works, only slower. ------------------
+# 8 Faster on a CPU. Without this section and its call in run everything works, only slower. -----------------
 
 class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy for torch.compile. Its gradient compares no entry of the vocabulary with the target.
-    logits: (N, V), targets: (N) -> mean loss in nats."""
+    """F.cross_entropy, compiled without comparing each place with the target: a step is 1.11 (bfloat16) and 1.07
+    (float32) times as fast. logits: (N, V), targets: (N) -> mean loss in nats."""
 
     @staticmethod
     def forward(ctx, logits, targets):
-        targets = targets[:, None]  # (N, 1)
         logsumexp = logits.float().logsumexp(dim=1, keepdim=True)  # (N, 1)
-        log_prob = logits.gather(1, targets).float() - logsumexp  # (N, 1) of the targets
-        ctx.save_for_backward(logits, targets, logsumexp, log_prob)
+        log_prob = logits.gather(1, targets[:, None]).float() - logsumexp  # (N, 1) of the targets
+        ctx.save_for_backward(logits, targets[:, None], logsumexp, log_prob)
         return -log_prob.mean()
 
     @staticmethod
@@ -967,35 +968,33 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def plain_attention(q, k, v, is_causal):
-    """The formula, for training in bfloat16 with short sequences, where flash attention's backward is slow."""
-    if not (q.requires_grad and q.dtype == torch.bfloat16 and q.size(2) <= 256):
+    """The formula, which trains short sequences 1.22 times as fast in bfloat16 as flash attention's backward."""
+    T, hs = q.shape[2:]
+    if not (q.requires_grad and q.dtype == torch.bfloat16 and T <= 256):
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    future = torch.full((q.size(2), q.size(2)), -math.inf).triu(1)  # (T, T)
-    att = (q @ k.transpose(2, 3)).float() / math.sqrt(q.size(3)) + future  # (B, nh, T, T)
+    att = (q @ k.mT).float() / math.sqrt(hs) + torch.full((T, T), -math.inf).triu(1)  # (B, nh, T, T)
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 
 class FewRows(nn.Linear):
-    """nn.Linear that reads its weight faster for 3 to 15 rows of float32, which is what a sampling step has."""
+    """nn.Linear for sampling 3 to 15 rows in float32, 1.6 times as fast: 64 rows of W fit a thread's cache."""
 
     def forward(self, x):
-        rows, W, shape = x.numel() // self.in_features, self.weight, x.shape[:-1]
-        if W.dtype != torch.float32 or not 3 <= rows < 16:
+        W, n, rows = self.weight, len(self.weight) // 64, x.reshape(-1, self.in_features)
+        if W.dtype != torch.float32 or not 3 <= len(rows) < 16:
             return super().forward(x)
-        n, x = len(W) // 64, x.reshape(rows, self.in_features)  # pieces of 64 rows of W, which a thread's cache holds
-        y = torch.bmm(x.expand(n, *x.shape), W[:64 * n].view(n, 64, self.in_features).mT)  # (n, rows, 64)
-        y = torch.cat((y.transpose(0, 1).flatten(1), x @ W[64 * n:].t()), dim=1)  # (rows, out_features)
-        return (y if self.bias is None else y + self.bias).view(*shape, self.out_features)
+        y = torch.bmm(rows.expand(n, *rows.shape), W[:64 * n].view(n, 64, self.in_features).mT)
+        y = torch.cat((y.transpose(0, 1).flatten(1), rows @ W[64 * n:].t()), dim=1)  # (rows, out_features)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
 
 def faster_on_a_cpu(model):
-    """Sets the seams of a GPT, and lets the C library keep freed memory for the next step, which the kernel would
-    otherwise map and zero anew."""
-    with suppress(OSError, AttributeError, TypeError):  # glibc alone has mallopt
+    """Sets the seams of a GPT, and lets glibc keep freed memory: 1.10 (float32 1.36) times as fast a step. The
+    factors are of nano and, for sampling, gpt2, on two cores of an EPYC with AVX512-BF16."""
+    with suppress(OSError, AttributeError, TypeError):  # where the C library is another one
         for parameter, value in (-4, 0), (-1, 2**31 - 1):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
-    model.cross_entropy = lambda logits, targets: (
-        CrossEntropy.apply if torch.compiler.is_compiling() else F.cross_entropy)(logits, targets)
+    model.cross_entropy = lambda *xy: (CrossEntropy.apply if is_compiling() else F.cross_entropy)(*xy)
     for module in model.modules():
         if isinstance(module, CausalSelfAttention):
             module.attention = plain_attention

@@ -1,6 +1,6 @@
 """
 Times train_gpt2.py beside transformers on the same work: the two alternate within one run, and medians are compared,
-because the absolute times of a shared machine say little. Prints one Markdown table.
+because the absolute times of a shared machine say little. Prints the machine, then one Markdown table.
 
     python tests/bench.py               every row
     python tests/bench.py sampling      only that group of rows
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
 
@@ -32,6 +33,8 @@ PROMPT = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # Hello, I'm a language mo
 
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")  # of training and sampling
+HAS_BFLOAT16 = train_gpt2.pick_dtype("auto", DEVICE) == torch.bfloat16
+DTYPES = [torch.float32, torch.bfloat16] if HAS_BFLOAT16 else [torch.float32]
 
 
 def seconds(f):
@@ -56,6 +59,14 @@ def read_bandwidth():
     return 4 * x.numel() / statistics.median(seconds(x.sum) for _ in range(9))
 
 
+def flops_per_second(dtype):
+    """-> FLOP/s of the matrix product of two (2048, 2048), on a GPU (8192, 8192)."""
+    n = 8192 if DEVICE.type == "cuda" else 2048
+    x = torch.randn(n, n, device=DEVICE).to(dtype)
+    x @ x
+    return 2 * n**3 / statistics.median(seconds(lambda: x @ x) for _ in range(7))
+
+
 def random_gpt2(name, dtype=torch.float32):
     """-> a GPT of that row of MODELS, with quickly drawn random weights of GPT-2's size."""
     with torch.device("meta"):
@@ -70,10 +81,12 @@ def random_gpt2(name, dtype=torch.float32):
 def bench_sampling(args):
     from transformers import GPT2LMHeadModel
     bandwidth, n = read_bandwidth(), 16 if args.quick else 64
-    for dtype in torch.float32, torch.bfloat16:
+    for dtype in DTYPES:
         with tempfile.TemporaryDirectory() as folder:
             random_gpt2("gpt2", dtype).save_pretrained(f"{folder}/model")
             ours = GPT.from_pretrained(f"{folder}/model").to(DEVICE)
+            if DEVICE.type == "cpu":
+                train_gpt2.faster_on_a_cpu(ours)
             theirs = GPT2LMHeadModel.from_pretrained(f"{folder}/model", dtype=dtype).to(DEVICE)
             n_bytes = sum(p.numel() * p.element_size() for p in ours.parameters())
             for B in 1, 5:
@@ -162,26 +175,28 @@ class Worker:
         self.process.wait()
 
 
-def worker(way, n_layer, n_embd, B, T):
-    """Trains as the Worker says: compiled, bfloat16 autocast, fused AdamW, the loss of all positions, no dropout."""
+def worker(way, dtype, n_layer, n_head, n_embd, B, T):
+    """Trains as the Worker says: compiled, autocast, fused AdamW, the loss of all positions, no dropout."""
     import resource
     from transformers import GPT2Config, GPT2LMHeadModel
     sys.stdout = sys.stderr  # stdout is for the answers alone
     torch.manual_seed(0)
-    n_head, V = n_embd // 64 if n_embd >= 384 else 4, 50304
+    n_layer, n_head, n_embd, B, T, V = *map(int, (n_layer, n_head, n_embd, B, T)), 50304
+    dtype, cfg = getattr(torch, dtype), train_gpt2.TrainConfig()
     tokens = torch.randint(50257, (1_000_000,)).to(torch.uint16).numpy()
-    loader, autocast = DataLoaderLite([tokens], B, T, seed=0), torch.autocast(DEVICE.type, torch.bfloat16)
+    loader = DataLoaderLite([tokens], B, T, seed=0)
+    autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
     if way == "ours":
-        if DEVICE.type == "cpu":
-            train_gpt2.keep_freed_memory()
         model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(DEVICE)
-        optimizers = model.configure_optimizers("adamw", 0.1, 1e-4, DEVICE.type)
+        if DEVICE.type == "cpu":
+            train_gpt2.faster_on_a_cpu(model)
+        optimizer = model.configure_optimizers("adamw", 0.1, 1e-4, DEVICE.type)
         compiled = train_gpt2.compile_model(model, loader, autocast, DEVICE)
     else:
         model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(DEVICE)
-        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
         module = torch.compile(model)
 
         def compiled(x, y):
@@ -190,7 +205,7 @@ def worker(way, n_layer, n_embd, B, T):
         compiled.parameters = model.parameters
 
     def step():
-        train_gpt2.optimizer_step(compiled, loader, optimizers, scaler, autocast, DEVICE, 1e-4, 1.0, 1)
+        train_gpt2.optimizer_step(compiled, loader, optimizer, scaler, autocast, DEVICE, 1e-4, cfg, 1)
 
     for line in sys.stdin:
         took = seconds(lambda: [step() for _ in range(int(line))]) / int(line)
@@ -200,28 +215,26 @@ def worker(way, n_layer, n_embd, B, T):
 
 
 def bench_training(args):
-    x = torch.randn(4096, 4096, dtype=torch.bfloat16, device=DEVICE)
-    peak = 2 * 4096**3 / statistics.median(seconds(lambda: x @ x) for _ in range(7))  # FLOP/s
-    shapes = [((4, 128, 12, 64), 12), ((6, 384, 8, 128), 8), ((12, 768, 4, 256), 3)]
+    shapes = [((6, 6, 96, 16, 64), 8), ((6, 6, 384, 8, 128), 5), ((12, 12, 768, 4, 256), 2)]
     if DEVICE.type == "cuda":
-        shapes = [((12, 768, B, 1024), 10) for B in (16, 32, 64)]
-    for shape, n in shapes[:1] if args.quick else shapes:
-        n_layer, n_embd, B, T = shape
-        workers = [Worker(way, shape) for way in ("ours", "transformers")]
-        for w in workers:
-            w.steps(2)  # compiles
-        rounds = [[w.steps(n) for w in workers] for _ in range(2 if args.quick else 7)]
-        (a, a_peak), (b, b_peak) = ([statistics.median(c) for c in zip(*column)] for column in zip(*rounds))
-        for w in workers:
-            w.close()
-        with torch.device("meta"):
-            n_params = sum(p.numel() for p in GPT(GPTConfig(T, 50304, n_layer, 4, n_embd)).parameters()) - T * n_embd
-        known = train_gpt2.peak_flops(DEVICE, torch.bfloat16)
-        rate = B * T * (6 * n_params + 12 * n_layer * n_embd * T) / a
-        yield (f"training, {n_layer} layers, {n_embd} wide, B={B}, T={T}, bfloat16, compiled",
-               f"{1000 * a:.0f} ms, {B * T / a:.0f} tok/s, {a_peak / 1e9:.2f} GB",
-               f"{1000 * b:.0f} ms, {B * T / b:.0f} tok/s, {b_peak / 1e9:.2f} GB", b / a,
-               f"{rate / peak:.0%} of {peak / 1e12:.2f} TFLOP/s" + (f", MFU {rate / known:.0%}" if known else ""))
+        shapes = [((12, 12, 768, B, 1024), 10) for B in (16, 32, 64)]
+    for dtype in DTYPES:
+        peak = flops_per_second(dtype)
+        for shape, n in shapes[:1] if args.quick else shapes:
+            n_layer, n_head, n_embd, B, T = shape
+            workers = [Worker(way, (str(dtype)[6:], *shape)) for way in ("ours", "transformers")]
+            for w in workers:
+                w.steps(2)  # compiles
+            rounds = [[w.steps(n) for w in workers] for _ in range(2 if args.quick else 5)]
+            (a, a_peak), (b, b_peak) = ([statistics.median(c) for c in zip(*column)] for column in zip(*rounds))
+            for w in workers:
+                w.close()
+            with torch.device("meta"):
+                n_params = sum(p.numel() for p in GPT(GPTConfig(T, 50304, n_layer, n_head, n_embd)).parameters())
+            rate = B * T * (6 * (n_params - T * n_embd) + 12 * n_layer * n_embd * T) / a
+            yield (f"training, {n_layer} layers, {n_embd} wide, B={B}, T={T}, {str(dtype)[6:]}",
+                   f"{1000 * a:.0f} ms, {a_peak / 1e9:.2f} GB", f"{1000 * b:.0f} ms, {b_peak / 1e9:.2f} GB", b / a,
+                   f"{rate / peak:.0%} of {peak / 1e9:.0f} GFLOP/s")
 
 
 def bench_tokenizing(args):
@@ -237,21 +250,23 @@ def bench_tokenizing(args):
 
 def bench_hellaswag(args):
     from transformers import GPT2LMHeadModel
-    from test_hellaswag import made_examples, score_one_by_one
+    from test_hellaswag import made_examples, score_one_by_one, write
     examples = made_examples(4 if args.quick else 24)
     with tempfile.TemporaryDirectory() as folder:
         random_gpt2("gpt2").save_pretrained(f"{folder}/model")
         ours, theirs = GPT.from_pretrained(f"{folder}/model"), GPT2LMHeadModel.from_pretrained(f"{folder}/model")
+        path = write(Path(folder) / "hellaswag.jsonl", examples)
 
-    class Theirs:  # what score_one_by_one wants of a model
-        config = ours.config
+        class Theirs:  # what score_one_by_one wants of a model
+            config = ours.config
 
-        def __call__(self, idx):
-            return theirs(idx).logits, None
+            def __call__(self, idx):
+                return theirs(idx).logits, None
 
-    a, b = alternate(lambda: train_gpt2.evaluate_hellaswag(ours, examples),
-                     lambda: [score_one_by_one(Theirs(), context, endings) for context, endings, _ in examples],
-                     1 if args.quick else 3)
+        with redirect_stdout(sys.stderr):  # it prints the accuracies
+            a, b = alternate(lambda: train_gpt2.evaluate_hellaswag(ours, path),
+                             lambda: [score_one_by_one(Theirs(), context, ends) for context, ends, _ in examples],
+                             1 if args.quick else 3)
     yield ("HellaSwag, gpt2, float32 (transformers: one ending at a time)", f"{len(examples) / a:.2f} examples/s",
            f"{len(examples) / b:.2f} examples/s", b / a, "")
 
@@ -272,45 +287,18 @@ def bench_startup(args):
         yield f"start-up: {name}", f"{a:.2f} s", f"{b:.2f} s", b / a, ""
 
 
-def bench_loss(args):
-    """The default optimizer in ever longer schedules, until it reaches the validation loss of AdamW's best rate."""
-    def run(optimizer, max_lr, steps):
-        """-> (validation loss at the end of a schedule of so many steps, ms a step)."""
-        flags = ["--data", ROOT / "input.txt", f"--optimizer={optimizer}", f"--max_lr={max_lr}",
-                 f"--min_lr={max_lr / 10}", f"--max_steps={steps}", f"--eval_every={steps}", "--log_every=10",
-                 "--save_every=0", "--num_samples=0", "--max_new_tokens=1"]
-        with tempfile.TemporaryDirectory() as folder:
-            out = subprocess.run([sys.executable, ROOT / "train_gpt2.py", *map(str, flags)], cwd=folder, check=True,
-                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-        losses = [float(line.split("val loss ")[1]) for line in out.splitlines() if "val loss" in line]
-        ms = [float(line.split(" ms |")[0].split()[-1]) for line in out.splitlines() if " ms |" in line]
-        return losses[-1], statistics.median(ms)
-
-    if args.quick:
-        return
-    n = int(120_000 / run("adamw", 1e-3, 100)[1])  # steps of AdamW in 120 seconds
-    theirs = {max_lr: run("adamw", max_lr, n) for max_lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)}
-    best = min(theirs, key=theirs.get)
-    for steps in range(n // 8, n, n // 24):
-        loss, ms = run("muon", train_gpt2.TrainConfig.max_lr, steps)
-        if loss <= theirs[best][0]:
-            break
-    a, b = steps * ms / 1000, n * theirs[best][1] / 1000  # seconds
-    yield (f"time to the validation loss of AdamW (best of 5 rates: {best}), nano", f"Muon {a:.0f} s, {loss:.2f}",
-           f"AdamW {b:.0f} s, {theirs[best][0]:.2f}", b / a, "")
-
-
 def bench_ranks(args):
     """Two processes with a thread each beside one process with two threads, on the same total batch."""
     def run(n):
         flags = ["--data", ROOT / "input.txt", "--max_steps=11", "--eval_every=0", "--save_every=0", "--num_samples=0",
-                 "--log_every=10", "--no-compile", f"--batch_size={16 // n}"]
+                 "--log_every=5", "--no-compile", f"--batch_size={16 // n}"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
         with tempfile.TemporaryDirectory() as folder:
             out = subprocess.run([*command, ROOT / "train_gpt2.py", *flags], cwd=folder, check=True, text=True,
                                  env={**os.environ, "OMP_NUM_THREADS": str(2 // n)}, stdout=subprocess.PIPE,
                                  stderr=subprocess.DEVNULL).stdout
-        return float(next(line for line in out.splitlines() if " tok/s" in line).split(" tok/s")[0].split()[-1])
+        rates = [float(line.split(" tok/s")[0].split()[-1]) for line in out.splitlines() if " tok/s" in line]
+        return statistics.median(rates[1:])
 
     if args.quick:
         return
@@ -321,24 +309,25 @@ def bench_ranks(args):
 
 
 BENCHES = {"training": bench_training, "sampling": bench_sampling, "loading": bench_loading,
-           "startup": bench_startup, "tokenizing": bench_tokenizing, "hellaswag": bench_hellaswag, "ranks": bench_ranks,
-           "loss": bench_loss}
+           "startup": bench_startup, "tokenizing": bench_tokenizing, "hellaswag": bench_hellaswag, "ranks": bench_ranks}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="benches to run, of " + ", ".join(BENCHES))
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and not the rows that take minutes")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker[0], *map(int, args.worker[1:]))
+        return worker(*args.worker)
     import transformers
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
     gpu = f", {torch.cuda.get_device_name(DEVICE)}" if DEVICE.type == "cuda" else ""
     print(f"{date.today()}, {cpu}{gpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}\n")
+          f"transformers {transformers.__version__}")
+    print(f"matrix instructions for bfloat16: {'yes' if HAS_BFLOAT16 else 'no'}; " + ", ".join(
+        f"{str(dtype)[6:]} {flops_per_second(dtype) / 1e9:.0f} GFLOP/s" for dtype in (torch.float32, torch.bfloat16)) + "\n")
     print("| work | ours | transformers | ratio | of the machine's limit |\n| --- | --- | --- | --- | --- |")
     for name, bench in BENCHES.items():
         if not args.only or name in args.only:

@@ -2,10 +2,12 @@
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt2
 from conftest import NANO
@@ -150,6 +152,28 @@ def test_float16_on_a_cpu_survives_overflowing_gradients(make):
     assert scaler.get_scale() < 2.0**40
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("scaling", [False, True])
+def test_a_step_does_not_wait_for_a_gpu(make, name, scaling):
+    """On a GPU each read of a number by Python is a wait; to scale for Muon takes one, whether to skip the update."""
+    reads = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            reads.extend([func] if func is torch.ops.aten._local_scalar_dense.default else [])
+            return func(*args, **(kwargs or {}))
+
+    model, optimizer, loader = make(2, name)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaling, init_scale=1.0)
+    for _ in range(2):  # the first one makes the optimizer's state
+        batches = iter([loader.next_batch() for _ in range(3)])
+        ready = SimpleNamespace(next_batch=lambda: next(batches))  # the loader works on the CPU
+        reads.clear()
+        with Count():
+            optimizer_step(model, ready, optimizer, scaler, nullcontext(), CPU, 1e-3, TrainConfig(), 3)
+    assert len(reads) == (scaling and name == "muon")
 
 
 @pytest.mark.parametrize("name", ["transformer.ln_f.bias", "transformer.h.0.mlp.c_fc.weight"])  # AdamW's, Muon's
