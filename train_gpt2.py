@@ -629,7 +629,8 @@ def start_process(name):  # [41:47]
     why = "as asked"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        why = "found" if name != "cpu" else f"no GPU found, torch is built for CUDA {torch.version.cuda}"
+        cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        why = "found" if name != "cpu" else f"no GPU found, torch is built {cuda}"
         if name == "cpu" and (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists()):
             why += "; it cannot use the NVIDIA driver that is here: install the torch for that driver's CUDA"
     with explain(f"--device {name} cannot be used"):
@@ -949,8 +950,8 @@ def main(argv=None):  # [3:59:39]
 # 8 Faster on a CPU. Without this section and its call in run everything works, only slower. -----------------
 
 class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy, compiled without comparing each place with the target: a step is 1.11 (bfloat16) and 1.07
-    (float32) times as fast. logits: (N, V), targets: (N) -> mean loss in nats."""
+    """F.cross_entropy, compiled without comparing each place with the target: a step is 1.11 (bfloat16) or
+    1.07 (float32) times as fast. logits: (N, V), targets: (N) -> mean loss in nats."""
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -968,7 +969,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def plain_attention(q, k, v, is_causal):
-    """The formula, which trains short sequences 1.22 times as fast in bfloat16 as flash attention's backward."""
+    """The formula, which trains short sequences in bfloat16 1.22 times as fast as flash attention."""
     T, hs = q.shape[2:]
     if not (q.requires_grad and q.dtype == torch.bfloat16 and T <= 256):
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -977,7 +978,7 @@ def plain_attention(q, k, v, is_causal):
 
 
 class FewRows(nn.Linear):
-    """nn.Linear for sampling 3 to 15 rows in float32, 1.6 times as fast: 64 rows of W fit a thread's cache."""
+    """nn.Linear for sampling 3 to 15 rows in float32, 1.6 times as fast: 64 rows of W fit its cache."""
 
     def forward(self, x):
         W, n, rows = self.weight, len(self.weight) // 64, x.reshape(-1, self.in_features)
@@ -989,7 +990,7 @@ class FewRows(nn.Linear):
 
 
 def faster_on_a_cpu(model):
-    """Sets the seams of a GPT, and lets glibc keep freed memory: 1.10 (float32 1.36) times as fast a step. The
+    """Sets the seams of a GPT, and lets glibc keep freed memory: 1.10 (float32: 1.36) times as fast. The
     factors are of nano and, for sampling, gpt2, on two cores of an EPYC with AVX512-BF16."""
     with suppress(OSError, AttributeError, TypeError):  # where the C library is another one
         for parameter, value in (-4, 0), (-1, 2**31 - 1):  # M_MMAP_MAX, M_TRIM_THRESHOLD
