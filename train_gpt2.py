@@ -765,11 +765,6 @@ def train(cfg, raw_model, shards, checkpoint, device, dtype):  # [56:42]
         # not its hyperparameters, which are the flags' of now; pop, so that no copy is held through the run
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint.pop("optimizer")})
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if the run did not scale
-    model = raw_model
-    if cfg.compile and device.type != "mps":  # where the compiled model computes something else
-        model = compile_model(raw_model, loader, autocast, device)
-    if WORLD_SIZE > 1:  # [2:46:52]
-        model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     trouble = {}  # the files that could not be written, and why
 
@@ -790,15 +785,24 @@ def train(cfg, raw_model, shards, checkpoint, device, dtype):  # [56:42]
     if RANK == 0:
         records = [r for r in read_log(out_dir / "log.txt") if checkpoint and r[0] <= start]  # what was saved
         with written_whole(out_dir / "log.txt") as temporary:
-            temporary.write_text("".join(f"{step} {stream} {value:.6f}\n" for step, stream, value in records))
+            temporary.touch()
+            for r in records:
+                record(temporary, *r)
         if not checkpoint:  # or a run that ends early would resume the one before
             (out_dir / "ckpt.pt").unlink(missing_ok=True)
+
+    model = raw_model
+    if cfg.compile and device.type != "mps":  # where the compiled model computes something else
+        model = compile_model(raw_model, loader, autocast, device)
+    if WORLD_SIZE > 1:  # [2:46:52]
+        model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     def notice(number, frame):
         if signals:  # the second time
             raise KeyboardInterrupt
         signals.append(number)
-        os.write(2, b"\nfinishing what is under way; once more stops at once\n")  # amid a print, maybe
+        # not print, which may just be under way
+        os.write(2, b"\nfinishing what is under way; once more stops at once\n" * (RANK == 0))
 
     stop, signals = False, []  # SIGINT (Ctrl-C) or SIGTERM
     signal.signal(signal.SIGINT, notice)
@@ -848,7 +852,8 @@ def train(cfg, raw_model, shards, checkpoint, device, dtype):  # [56:42]
     if trouble:
         raise UserError("; ".join(trouble.values()))
     print0(f"{out_dir}/ holds {', '.join(sorted(p.name for p in out_dir.iterdir()))}" if last else
-           f"stopped at step {step}; --init_from resume --out_dir {out_dir} goes on from its ckpt.pt")
+           f"stopped at step {step}; " + (f"--init_from resume --out_dir {out_dir} goes on from its ckpt.pt"
+                                          if cfg.save_every else "nothing was saved"))
     return 0 if last else (signals or [signal.SIGTERM])[0]
 
 

@@ -1,6 +1,7 @@
 """Interrupted, killed, on a full disk, with numbers that are not finite: nothing is lost, nothing is half-written."""
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def test_a_signal_saves_and_says_how_to_go_on(start, cli, tmp_path, number, code
     more = cli("--init_from=resume", f"--max_steps={step + 2}")
     assert more.returncode == 0, more.stderr
     assert load_checkpoint(tmp_path / "log" / "ckpt.pt")["step"] == step + 2
+
+
+def test_a_stopped_run_that_saves_nothing_says_so(start, tmp_path):
+    process = start("--save_every=0")
+    wait_for_steps(tmp_path / "log" / "log.txt", 3)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and re.search(r"stopped at step \d+; nothing was saved\n", out)
+    assert not (tmp_path / "log" / "ckpt.pt").exists()
 
 
 def test_a_second_signal_stops_at_once(start, tmp_path):
@@ -120,9 +130,9 @@ def test_a_file_size_limit(text, tmp_path):
 def test_out_dir_that_cannot_be_written_is_found_before_training(cli, text, tmp_path):
     (tmp_path / "file").write_text("")
     for out_dir in ("file", "file/log", "/proc/log"):
-        done = cli(*TINY_RUN, "--data", text, "--out_dir", out_dir)
-        assert done.returncode == 1 and out_dir in done.stderr, done.stderr
-        assert "loss" not in done.stdout
+        done = cli(*TINY_RUN, "--data", text, "--out_dir", out_dir, "--compile")
+        assert done.returncode == 1 and out_dir in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert "loss" not in done.stdout and "compiling" not in done.stdout
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient", "weights", "weights and Ctrl-C"])
