@@ -107,7 +107,7 @@ LOADING = """
 import json, sys, threading, time
 import torch, transformers
 from transformers import GPT2LMHeadModel
-from train_gpt2 import CONV1D, GPT, GPTConfig, MODELS
+from train_gpt2 import GPT, GPTConfig, MODELS
 transformers.utils.logging.disable_progress_bar()
 
 def private():
@@ -132,7 +132,7 @@ else:
     sd, sd_hf = model.state_dict(), GPT2LMHeadModel.from_pretrained(folder).state_dict()
     with torch.no_grad():
         for k in sd:
-            sd[k].copy_(sd_hf[k].t() if k.endswith(CONV1D) else sd_hf[k])
+            sd[k].copy_(sd_hf[k].t() if k.endswith(GPT.CONV1D) else sd_hf[k])
 took = time.perf_counter() - start
 done = True
 thread.join()
@@ -191,7 +191,7 @@ def worker(way, dtype, n_layer, n_head, n_embd, B, T):
         model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(DEVICE)
         if DEVICE.type == "cpu":
             train_gpt2.faster_on_a_cpu(model)
-        optimizer = model.configure_optimizers("adamw", 0.1, 1e-4, DEVICE.type)
+        optimizer = model.configure_optimizers("adamw", 0.1, 1e-4)
         compiled = train_gpt2.compile_model(model, loader, autocast, DEVICE)
     else:
         model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd,

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_gpt2
+
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model id that is not in the cache fails at once instead of asking the network
 
@@ -14,6 +16,23 @@ NANO = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)  # a GPT that trains 
 TINY_RUN = [f"--{name}={value}" for name, value in NANO.items()] + (
     "--batch_size=4 --sequence_length=16 --total_batch_size=64 --max_steps=4 --eval_every=2 --eval_batches=2 "
     "--save_every=2 --log_every=1 --num_samples=2 --max_new_tokens=8 --no-compile --device=cpu").split()
+
+
+
+def exit_code(*flags):
+    """Runs main in this process -> its exit code, with its last words on stderr as the interpreter would put them."""
+    try:
+        train_gpt2.main([str(flag) for flag in flags])
+        return 0
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        return 1 if isinstance(e.code, str) else e.code
+
+
+def load_checkpoint(path):
+    """-> the dict in a ckpt.pt, which must be whole and hold no code."""
+    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture

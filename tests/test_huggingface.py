@@ -201,5 +201,5 @@ def test_saving_takes_nothing_elses_place(tmp_path):
 def test_weights_that_are_not_numbers_are_refused(hf_model, tmp_path):
     hf_model().save_pretrained(tmp_path)
     change_weights(tmp_path, lambda sd: sd["transformer.h.0.mlp.c_fc.bias"].fill_(torch.nan))
-    with pytest.raises(UserError, match="not finite, in transformer.h.0.mlp.c_fc.bias"):
+    with pytest.raises(UserError, match="its weights are not finite, in transformer.h.0.mlp.c_fc.bias"):
         GPT.from_pretrained(tmp_path)

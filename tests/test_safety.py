@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import train_gpt2
-from conftest import ROOT, TINY_RUN
-from train_gpt2 import GPT, load_checkpoint, main
+from conftest import ROOT, TINY_RUN, exit_code, load_checkpoint
+from train_gpt2 import GPT
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def test_a_stopped_run_that_saves_nothing_says_so(start, tmp_path):
     wait_for_steps(tmp_path / "log" / "log.txt", 3)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and re.search(r"stopped at step \d+; nothing was saved\n", out)
+    assert process.returncode == 130 and re.search(r"stopped at step \d+\n", out)
     assert not (tmp_path / "log" / "ckpt.pt").exists()
 
 
 def test_a_second_signal_stops_at_once(start, tmp_path):
     process = start("--batch_size=64", "--total_batch_size=10240000")  # a step takes minutes
-    while not process.stdout.readline().startswith("val:"):
+    while not process.stdout.readline().startswith("windows of"):
         pass
     time.sleep(2)
     process.send_signal(signal.SIGINT)
@@ -107,10 +107,10 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_going(text, tmp_path,
         save(state, path)
 
     monkeypatch.setattr(torch, "save", full_after_step_2)
-    assert main([*TINY_RUN, "--data", str(text), "--save_every=1"]) == 1
+    assert exit_code(*TINY_RUN, "--data", text, "--save_every=1") == 1
     out, err = capsys.readouterr()
-    assert out.count("warning: log/ckpt.pt could not be written") == 2 and " 4/4 | val loss" in out
-    assert "log/ckpt.pt could not be written" in err and "No space left" in err
+    assert out.count("could not be saved in log: ") == 2 and " 4/4 | val loss" in out
+    assert "step 4 could not be saved in log: " in err and "No space left" in err
     assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2
     assert GPT.from_pretrained("log/model").config.n_layer == 2  # what was trained is not lost
     assert not list(Path("log").glob("*.tmp"))
@@ -123,7 +123,7 @@ def test_a_file_size_limit(text, tmp_path):
     command = f"trap '' XFSZ; ulimit -f 2000; {sys.executable} {ROOT / 'train_gpt2.py'} {flags}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "warning: log/ckpt.pt could not be written" in done.stdout and " 4/4 | val loss" in done.stdout
+    assert "warning: step 4 could not be saved in log: " in done.stdout and " 4/4 | val loss" in done.stdout
     assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["log.txt", "loss.png"]
 
 
@@ -155,16 +155,8 @@ def test_numbers_that_are_not_finite_are_never_saved(text, tmp_path, monkeypatch
         return result
 
     monkeypatch.setattr(train_gpt2, "optimizer_step", poisoned)
-    assert main([*TINY_RUN, "--data", str(text), "--save_every=2", "--max_steps=5", "--eval_every=0"]) == 1
+    assert exit_code(*TINY_RUN, "--data", text, "--save_every=2", "--max_steps=5", "--eval_every=0") == 1
     err = capsys.readouterr().err
-    assert ("the weights are not finite" if poison == "weights and Ctrl-C" else "the loss is") in err and "--max_lr" in err
+    assert ("the weights are not finite" if poison == "weights and Ctrl-C" else "the loss or the gradient's norm is not finite") in err and "--max_lr" in err
     assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2 and not Path("log/model").exists()
     assert ("3 train" in Path("log/log.txt").read_text()) == ("weights" in poison)
-
-
-def test_other_data_under_a_checkpoint_is_refused(cli, text, tmp_path):
-    assert cli(*TINY_RUN, "--data", text, "--num_samples=0").returncode == 0
-    text.write_text(text.read_text()[:30_000])
-    done = cli("--init_from=resume", "--max_steps=6")
-    assert done.returncode == 1 and "windows an epoch, the checkpoint was made with" in done.stderr
-    assert os.path.exists(tmp_path / "log" / "ckpt.pt")
