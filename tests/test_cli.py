@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ STEP_LINE = re.compile(
 def test_a_run_from_start_to_samples(cli, text, tmp_path):
     done = cli(*TINY_RUN, "--data", text)
     assert done.returncode == 0, done.stderr
-    assert [re.split(":| \\d+\\.", line)[0] for line in done.stdout.splitlines()[:4]] == ["device", "model", "windows of 16 tokens", "    0/4 | val loss"]
+    assert [re.match(r"\w+", line)[0] for line in done.stdout.splitlines()[:4]] == ["device", "model", "reading", "windows"]
     assert done.stdout.startswith("device: cpu (as asked), processes: 1\n")
     lines = [m for line in done.stdout.splitlines() if (m := STEP_LINE.fullmatch(line))]
     assert [(m[1], m[2]) for m in lines] == [(str(k), "4") for k in (1, 2, 3, 4)]
@@ -85,6 +86,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
     assert load_checkpoint(Path("parts/ckpt.pt"))["step"] == 26
 
 
+def test_a_vocabulary_that_is_not_gpt2s_trains_on_its_own_tokens(tmp_path, cli):
+    np.save(tmp_path / "train.npy", np.random.default_rng(0).integers(300, size=2000).astype(np.uint16))
+    done = cli(*TINY_RUN, "--data=train.npy", "--vocab_size=300", "--num_samples=0")
+    assert done.returncode == 0 and done.stdout.count("val loss") == 3 and "--- sample" not in done.stdout, done.stderr
+    assert GPT.from_pretrained(tmp_path / "log" / "model").config.vocab_size == 300
+    done = cli("--init_from=resume", "--max_steps=0", "--num_samples=1")
+    assert done.returncode == 1 and "the model's vocab_size is 300, a text's 50257" in done.stderr
+
+
 BAD_INPUT = [
     (["--batchsize=3"], "no flag --batchsize=3; did you mean --batch_size"),
     (["--lr=3"], "no flag --lr=3; did you mean --min_lr or --max_lr"),
@@ -102,8 +112,8 @@ BAD_INPUT = [
     (["--device=abacus"], "--device abacus cannot be used"),
     (["--data=nowhere.txt"], "--data nowhere.txt does not exist"),
     (["--data=."], "no token shards for train"),
-    (["--data=empty.txt"], "--data too short for it, with 0 tokens"),
-    (["--data=short.txt"], "--data too short for it"),
+    (["--data=empty.txt"], "--data too short, with 0 tokens"),
+    (["--data=short.txt"], "--data too short, with"),
     (["--data=latin1.txt"], "--data latin1.txt cannot be read: 'utf-8' codec"),
     (["--total_batch_size=1000"], "1000 is not a multiple of --batch_size 4 x --sequence_length 16 x 1 processes"),
     (["--sequence_length=64", "--total_batch_size=256"], "--sequence_length 64 is over the block_size 32"),
@@ -181,7 +191,7 @@ def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, capsys):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
     assert train_gpt2.start_process("auto").type == "cpu"
     out = capsys.readouterr().out
-    assert re.search(r"torch is built for CUDA (None|[\d.]+); install the torch for the CUDA of the NVIDIA driver", out)
+    assert re.search(r"no GPU found; torch's CUDA: (None|[\d.]+); install the torch for the CUDA of the NVIDIA driver", out)
 
 
 def test_help_explains_every_knob(cli):

@@ -193,7 +193,7 @@ def test_saving_takes_nothing_elses_place(tmp_path):
     (tmp_path / "diary").mkdir()
     (tmp_path / "diary" / "monday.txt").write_text("")
     for name in "file", "diary":
-        with pytest.raises(UserError, match=f"{name} is there already and is no model"):
+        with pytest.raises(UserError, match=f"{name} exists and is no model"):
             model.save_pretrained(tmp_path / name)
     assert (tmp_path / "diary" / "monday.txt").exists()
 

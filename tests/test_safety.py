@@ -116,6 +116,24 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_going(text, tmp_path,
     assert not list(Path("log").glob("*.tmp"))
 
 
+def test_a_log_that_cannot_be_written_does_not_end_the_run(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = train_gpt2.optimizer_step
+
+    def in_the_way(*args):
+        if not Path("log/log.txt").is_dir():
+            Path("log/log.txt").unlink()
+            Path("log/log.txt").mkdir()
+        return step(*args)
+
+    monkeypatch.setattr(train_gpt2, "optimizer_step", in_the_way)
+    assert exit_code(*TINY_RUN, "--data", text, "--eval_every=0", "--num_samples=0") == 0
+    assert [entry[:2] for entry in load_checkpoint("log/ckpt.pt")["log"]] == [(k, "train") for k in (1, 2, 3, 4)]
+    Path("log/log.txt").rmdir()
+    assert exit_code("--init_from=resume", "--max_steps=4", "--num_samples=0") == 0
+    assert len(Path("log/log.txt").read_text().splitlines()) == 4  # from the checkpoint
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="ulimit is the shell's of Unix")
 def test_a_file_size_limit(text, tmp_path):
     """A real error of the operating system, in the midst of writing the checkpoint."""

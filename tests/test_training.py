@@ -122,6 +122,8 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys
     assert list(tmp_path.iterdir()) == [path]
     checkpoint = load_checkpoint(path)
     assert checkpoint["step"] == 1
+    torch.save({key: value for key, value in checkpoint.items() if key != "log"}, path)
+    assert exit_code("--init_from=resume", "--out_dir", tmp_path) == 1 and "'log'" in capsys.readouterr().err
     checkpoint["train_config"]["dropout"] = checkpoint["train_config"].pop("seed")
     torch.save(checkpoint, path)
     assert exit_code("--init_from=resume", "--out_dir", tmp_path) == 1
