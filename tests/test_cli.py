@@ -86,13 +86,28 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
     assert load_checkpoint(Path("parts/ckpt.pt"))["step"] == 26
 
 
+def test_an_update_that_becomes_the_last_by_resuming_is_evaluated(cli, text, tmp_path):
+    assert cli(*TINY_RUN, "--data", text, "--max_steps=3", "--eval_every=0", "--num_samples=0").returncode == 0
+    assert cli("--init_from=resume", "--eval_every=2").stdout.count("3/3 | val loss") == 1
+    assert (tmp_path / "log" / "log.txt").read_text().count(" val ") == 1
+
+
+def test_errors_without_a_text_are_sentences_too(monkeypatch, capsys):
+    for error, said in (OSError(), "OSError()"), (MemoryError(), "smaller --model: MemoryError()"):
+        def run(given, error=error):
+            raise error
+
+        monkeypatch.setattr(train_gpt2, "run", run)
+        assert exit_code("--seed=1") == 1 and said in capsys.readouterr().err
+
+
 def test_a_vocabulary_that_is_not_gpt2s_trains_on_its_own_tokens(tmp_path, cli):
     np.save(tmp_path / "train.npy", np.random.default_rng(0).integers(300, size=2000).astype(np.uint16))
     done = cli(*TINY_RUN, "--data=train.npy", "--vocab_size=300", "--num_samples=0")
     assert done.returncode == 0 and done.stdout.count("val loss") == 3 and "--- sample" not in done.stdout, done.stderr
     assert GPT.from_pretrained(tmp_path / "log" / "model").config.vocab_size == 300
     done = cli("--init_from=resume", "--max_steps=0", "--num_samples=1")
-    assert done.returncode == 1 and "the model's vocab_size is 300, a text's 50257" in done.stderr
+    assert done.returncode == 1 and "samples and HellaSwag need vocab_size 50257, not 300" in done.stderr
 
 
 BAD_INPUT = [
@@ -117,7 +132,7 @@ BAD_INPUT = [
     (["--data=latin1.txt"], "--data latin1.txt cannot be read: 'utf-8' codec"),
     (["--total_batch_size=1000"], "1000 is not a multiple of --batch_size 4 x --sequence_length 16 x 1 processes"),
     (["--sequence_length=64", "--total_batch_size=256"], "--sequence_length 64 is over the block_size 32"),
-    (["--vocab_size=300"], "the model's vocab_size is 300, a text's 50257"),
+    (["--vocab_size=300"], "samples and HellaSwag need vocab_size 50257, not 300"),
     (["--vocab_size=300", "--num_samples=0"], "--data has token"),
     (["--out_dir=empty.txt"], "empty.txt"),
     (["--init_from=pretrained"], "cannot load 'nano' as a GPT-2 model"),
@@ -125,7 +140,7 @@ BAD_INPUT = [
     (["--init_from=pretrained", "--model=folder"], "config.json"),
     (["--init_from=pretrained", "--model=nobody/nothing"], "nobody/nothing"),
     (["--init_from=pretrained", "--model=./nofolder"], "./nofolder"),
-    (["--init_from=resume"], "cannot resume from log/ckpt.pt"),
+    (["--init_from=resume"], "cannot resume from log/ckpt.pt with this version: [Errno 2] No such file"),
 ]
 
 

@@ -96,7 +96,7 @@ def test_an_empty_file_is_refused(tmp_path):
 def test_a_broken_line_is_refused(tmp_path, line):
     path = write(tmp_path / "h.jsonl", made_examples(2))
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"h\.jsonl has a line that is no object with ctx, endings and label"):
+    with pytest.raises(UserError, match=r"h\.jsonl has a line without ctx, endings and label"):
         evaluate_hellaswag(Uniformish(), path)
 
 

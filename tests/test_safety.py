@@ -134,6 +134,14 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(text, tmp_path, monke
     assert len(Path("log/log.txt").read_text().splitlines()) == 4  # from the checkpoint
 
 
+def test_a_picture_that_cannot_be_written_costs_no_checkpoint(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("log/loss.png").mkdir(parents=True)
+    assert exit_code(*TINY_RUN, "--data", text) == 1
+    assert "step 4 could not be saved in log: " in capsys.readouterr().err
+    assert load_checkpoint("log/ckpt.pt")["step"] == 4 and Path("log/model").exists()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="ulimit is the shell's of Unix")
 def test_a_file_size_limit(text, tmp_path):
     """A real error of the operating system, in the midst of writing the checkpoint."""
