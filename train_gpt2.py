@@ -477,13 +477,13 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
     enc, device = get_tokenizer(), model.lm_head.weight.device
     with explain(f"--hellaswag {path} has a line without ctx, endings and label"):
         examples = [json.loads(line) for line in Path(path).read_bytes().strip().splitlines()]
-        examples = [(e["ctx"], e["endings"], int(e["label"])) for e in examples]
+        examples = [(enc.encode_ordinary(e["ctx"]) or [EOT],
+                     [enc.encode_ordinary(" " + ending) for ending in e["endings"]],
+                     int(e["label"])) for e in examples]
         if not examples or not all(label in range(len(endings)) for _, endings, label in examples):
             raise ValueError("no examples, or a label without an ending")
     n_right = n_right_norm = 0
     for ctx, endings, label in tqdm(examples[RANK::WORLD_SIZE], disable=RANK > 0 or None):
-        ctx = enc.encode_ordinary(ctx) or [EOT]
-        endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
         rows = [torch.tensor((ctx + e)[-model.config.block_size:]) for e in endings]
         masks = [torch.arange(len(r)) >= max(1, len(r) - len(e)) for r, e in zip(rows, endings)]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (endings, T)
@@ -757,7 +757,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     if not last:
         how = f"; --init_from resume --out_dir {out_dir} goes on" * bool(cfg.save_every)
         print0(f"stopped at step {step}{how}")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])  # as a shell says it
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])  # a shell's code
     print0(f"{out_dir}/ holds {', '.join(sorted(p.name for p in out_dir.iterdir()))}")
 
 
@@ -836,7 +836,7 @@ def main(argv=None):  # [3:59:39]
     try:
         run(parse_flags(argv))
     except (UserError, OSError, RuntimeError, MemoryError) as e:
-        no_memory = re.search("MemoryError|out of memory|allocate", repr(e))
+        no_memory = re.search("MemoryError|out of memory|allocate|overflowed", repr(e))
         if not no_memory and not isinstance(e, (UserError, OSError)):
             raise
         hint = "halve --batch_size, or take a smaller --model: " if no_memory else ""

@@ -120,6 +120,7 @@ BAD_INPUT = [
     (["--n_embd=100", "--n_head=3"], "--n_embd 100 is not a multiple of --n_head 3"),
     (["--n_layer=0"], "--n_layer must be a number of at least 1, not 0"),
     (["--n_embd=2000000", "--n_head=1"], "error: halve --batch_size, or take a smaller --model: "),
+    (["--n_embd=4000000000000000000", "--n_head=1"], "error: halve --batch_size, or take a smaller --model: "),
     (["--temperature=-1"], "--temperature must be a number of at least 0, not -1.0"),
     (["--top_k=0"], "--top_k must be a number of at least 1, not 0"),
     (["--model=gpt3"], "--model gpt3 is not one of nano, "),

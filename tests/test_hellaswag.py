@@ -92,7 +92,8 @@ def test_an_empty_file_is_refused(tmp_path):
 @pytest.mark.parametrize("line", [
     "{", "[]", '{"ctx": "a", "endings": ["b"]}', '{"ctx": "a", "endings": ["b"], "label": 1}',
     '{"ctx": "a", "endings": ["b"], "label": -1}', '{"ctx": "a", "endings": 3, "label": 0}',
-    '{"ctx": "a", "endings": ["b"], "label": ""}'])
+    '{"ctx": "a", "endings": ["b"], "label": ""}', '{"ctx": 5, "endings": ["b"], "label": 0}',
+    '{"ctx": "a", "endings": [null], "label": 0}'])
 def test_a_broken_line_is_refused(tmp_path, line):
     path = write(tmp_path / "h.jsonl", made_examples(2))
     path.write_text(path.read_text() + line + "\n")
