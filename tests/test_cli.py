@@ -20,7 +20,7 @@ STEP_LINE = re.compile(
 def test_a_run_from_start_to_samples(cli, text, tmp_path):
     done = cli(*TINY_RUN, "--data", text)
     assert done.returncode == 0, done.stderr
-    assert [re.match(r"\w+", line)[0] for line in done.stdout.splitlines()[:4]] == ["device", "model", "reading", "windows"]
+    assert [re.search(r"\w+", line)[0] for line in done.stdout.splitlines()[:4]] == ["device", "model", "reading", "0"]
     assert done.stdout.startswith("device: cpu (as asked), processes: 1\n")
     lines = [m for line in done.stdout.splitlines() if (m := STEP_LINE.fullmatch(line))]
     assert [(m[1], m[2]) for m in lines] == [(str(k), "4") for k in (1, 2, 3, 4)]
@@ -107,7 +107,7 @@ def test_a_vocabulary_that_is_not_gpt2s_trains_on_its_own_tokens(tmp_path, cli):
     assert done.returncode == 0 and done.stdout.count("val loss") == 3 and "--- sample" not in done.stdout, done.stderr
     assert GPT.from_pretrained(tmp_path / "log" / "model").config.vocab_size == 300
     done = cli("--init_from=resume", "--max_steps=0", "--num_samples=1")
-    assert done.returncode == 1 and "samples and HellaSwag need vocab_size 50257, not 300" in done.stderr
+    assert done.returncode == 1 and "a text needs vocab_size 50257, not 300" in done.stderr
 
 
 BAD_INPUT = [
@@ -133,7 +133,7 @@ BAD_INPUT = [
     (["--data=latin1.txt"], "--data latin1.txt cannot be read: 'utf-8' codec"),
     (["--total_batch_size=1000"], "1000 is not a multiple of --batch_size 4 x --sequence_length 16 x 1 processes"),
     (["--sequence_length=64", "--total_batch_size=256"], "--sequence_length 64 is over the block_size 32"),
-    (["--vocab_size=300"], "samples and HellaSwag need vocab_size 50257, not 300"),
+    (["--vocab_size=300"], "a text needs vocab_size 50257, not 300"),
     (["--vocab_size=300", "--num_samples=0"], "--data has token"),
     (["--out_dir=empty.txt"], "empty.txt"),
     (["--init_from=pretrained"], "cannot load 'nano' as a GPT-2 model"),
@@ -173,6 +173,28 @@ def test_a_bug_in_edited_code_shows_its_stack_trace(tmp_path, text, compile):
     done = subprocess.run([sys.executable, "edited.py", *TINY_RUN, "--data", text, compile], cwd=tmp_path, text=True,
                           capture_output=True, timeout=120)
     assert done.returncode == 1 and "Traceback" in done.stderr and "view(B, T, C + 1)" in done.stderr, done.stderr
+
+
+def test_a_bug_in_edited_code_shows_its_stack_trace_also_where_weights_are_loaded(tmp_path, hf_model):
+    hf_model(vocab_size=50257).save_pretrained(tmp_path / "model")
+    source = (ROOT / "train_gpt2.py").read_text()
+    (tmp_path / "edited.py").write_text(source.replace("self.n_head = config.n_head", "self.n_head = config.nhead"))
+    done = subprocess.run([sys.executable, "edited.py", "--init_from=pretrained", "--model=model", "--max_steps=0"],
+                          cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "config.nhead" in done.stderr, done.stderr
+
+
+def test_a_hellaswag_file_is_looked_for_before_anything_is_lost(cli, text, tmp_path):
+    assert cli(*TINY_RUN, "--data", text).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "log").iterdir() if path.is_file()}
+    done = cli(*TINY_RUN, "--data", text, "--overwrite", "--hellaswag=nowhere.jsonl")
+    assert done.returncode == 1 and "--hellaswag nowhere.jsonl does not exist" in done.stderr
+    assert before == {path: path.read_bytes() for path in (tmp_path / "log").iterdir() if path.is_file()}
+
+
+def test_an_overflow_before_a_sample_is_a_sentence(cli, text):
+    done = cli(*TINY_RUN, "--data", text, "--max_lr=1e6", "--min_lr=1e6", "--warmup_steps=0", "--eval_every=1", "--dtype=float32")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "not finite" in done.stderr, done.stderr
 
 
 def test_without_section_8_everything_works(tmp_path, text):

@@ -78,6 +78,13 @@ def test_tensors_that_do_not_fit_are_named(hf_model, tmp_path, change, message):
         GPT.from_pretrained(tmp_path)
 
 
+def test_a_head_of_its_own_is_refused(hf_model, tmp_path):
+    hf_model().save_pretrained(tmp_path)  # its config says that the head is the embedding
+    change_weights(tmp_path, lambda sd: sd.update({"lm_head.weight": torch.ones(101, 24)}))
+    with pytest.raises(UserError, match="its lm_head is not its wte"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_broken_folders(hf_model, tmp_path):
     whole = tmp_path / "whole"
     hf_model().save_pretrained(whole)
@@ -201,5 +208,5 @@ def test_saving_takes_nothing_elses_place(tmp_path):
 def test_weights_that_are_not_numbers_are_refused(hf_model, tmp_path):
     hf_model().save_pretrained(tmp_path)
     change_weights(tmp_path, lambda sd: sd["transformer.h.0.mlp.c_fc.bias"].fill_(torch.nan))
-    with pytest.raises(UserError, match="its weights are not finite, in transformer.h.0.mlp.c_fc.bias"):
+    with pytest.raises(UserError, match="transformer.h.0.mlp.c_fc.bias is not finite"):
         GPT.from_pretrained(tmp_path)

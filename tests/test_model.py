@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import NANO
-from train_gpt2 import (CrossEntropy, EOT, FewRows, GPT, GPTConfig, KVCache, MODELS, N_TOKENS, UserError,
+from train_gpt2 import (EOT, FewRows, GPT, GPTConfig, KVCache, MODELS, N_TOKENS, UserError,
                         faster_on_a_cpu, orthogonal, plain_attention)
 
 
@@ -141,20 +141,6 @@ def test_plain_attention_of_cpu_training_equals_flash_attention(T):
         torch.testing.assert_close(plain, flash, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1, 1000])
-def test_cross_entropy_of_compiled_training_is_torchs(dtype, scale):
-    torch.manual_seed(0)
-    targets = torch.randint(101, (7,))
-    logits = (scale * torch.randn(7, 101)).to(dtype).requires_grad_()
-    reference = logits.detach().double().requires_grad_()
-    loss, expected = CrossEntropy.apply(logits, targets), F.cross_entropy(reference, targets)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-    (3 * loss).backward()
-    (3 * expected).backward()
-    torch.testing.assert_close(logits.grad, reference.grad.to(dtype), rtol=max(1e-4, torch.finfo(dtype).eps), atol=1e-6)
-
-
 def test_compiled_training_has_the_gradients_of_plain_training():
     torch.manual_seed(0)
     model, idx = GPT(GPTConfig(**NANO)), torch.randint(101, (2, 17))
@@ -164,7 +150,7 @@ def test_compiled_training_has_the_gradients_of_plain_training():
     plain = torch.autograd.grad(plain_loss, model.parameters())
     graphs = []
     loss = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph)(x, y)[1]
-    assert len(graphs) == 1 and "autograd_function_apply" in graphs[0].code  # CrossEntropy
+    assert len(graphs) == 1  # nothing breaks it
     torch.testing.assert_close(loss, plain_loss)
     for compiled, expected in zip(torch.autograd.grad(loss, model.parameters()), plain, strict=True):
         torch.testing.assert_close(compiled, expected)

@@ -103,7 +103,7 @@ def saved(path, make, step=3, scaler=None):
     model, optimizer, loader = make(4)
     steps(model, optimizer, loader, 1)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    train_gpt2.save_checkpoint(path, step, model, optimizer, scaler, loader, TrainConfig(), [(step, "train", 5.0)])
+    train_gpt2.save_checkpoint(path, step, model, optimizer, scaler, loader, TrainConfig(), [f"{step} train 5.000000\n"])
     return model, optimizer, loader
 
 
@@ -207,8 +207,8 @@ def test_dtype_of_gpus(monkeypatch, capability, dtype):
 
 def test_loss_png_has_both_losses_over_tokens(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: drawn.extend(figure.axes))
-    log = [(0, "val", 10.8), (5, "train", 6.1), (10, "train", 5.5), (10, "val", 5.0), (10, "hella", 0.25)]
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: path.touch() or drawn.extend(figure.axes))
+    log = ["0 val 10.8\n", "5 train 6.1\n", "10 train 5.5\n", "10 val 5.0\n", "10 hella 0.25\n"]
     train_gpt2.plot_losses(tmp_path / "loss.png", log, 100)
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn[0].get_lines()}
     assert lines == {"train": ([500, 1000], [6.1, 5.5]), "val": ([0, 1000], [10.8, 5.0])}
