@@ -650,9 +650,9 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
     """Writes all that resuming needs, as tensors and plain values: weights_only loads no others."""
     with written_whole(path) as tmp:
         torch.save(dict(
-            step=step, position=loader.position, log=log, config=vars(model.config),
-            train_config=vars(cfg), scaler=scaler.state_dict(), model=model.state_dict(),
-            optimizer=optimizer.state_dict()["state"]), tmp)
+            step=step, position=loader.position, n_windows=loader.n_windows, log=log,
+            config=vars(model.config), train_config=vars(cfg), scaler=scaler.state_dict(),
+            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)
 
 def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     """Trains raw_model up to cfg.max_steps updates, from ckpt on unless it is {}; leaves log.txt,
@@ -670,6 +670,10 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     start, loader.position = ckpt.get("step", 0), ckpt.get("position", 0)  # the order follows
+    n_windows = ckpt.get("n_windows", loader.n_windows)
+    if [*sum_over_ranks(start, loader.n_windows)] != [WORLD_SIZE * start, WORLD_SIZE * n_windows]:
+        raise UserError(f"--data {cfg.data} has {loader.n_windows} windows, not the {n_windows} that the "
+                        "run began with; or the processes read different files")
     if ckpt:  # but not its learning rates and decays, which are flags
         optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt.pop("optimizer")})
         scaler.load_state_dict(ckpt["scaler"] or scaler.state_dict())  # {} if it did not scale

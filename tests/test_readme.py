@@ -45,9 +45,10 @@ def test_every_command_in_the_readme_has_flags_that_exist():
 
 
 def test_the_file_stays_small():
-    lines, body = SOURCE.splitlines(), SOURCE[:SOURCE.index("# 8 Faster on a CPU")]
+    lines = SOURCE.splitlines()
+    sections = SOURCE[SOURCE.index("# 1 Hyperparameters"):SOURCE.index("# 8 Faster on a CPU")]
     assert max(map(len, lines)) <= 110 and sum(len(line) > 100 for line in lines) <= 25
-    assert len(body.splitlines()) <= 850 and len(body) <= 46_500
-    assert len(lines) <= 900 and len(SOURCE) <= 49_000
+    assert len(sections.splitlines()) <= 810 and len(sections) <= 45_500
+    assert len(lines) <= 890 and len(SOURCE) <= 49_000
     assert sum(isinstance(node, ast.FunctionDef) for node in ast.walk(ast.parse(SOURCE))) <= 55
     assert len(README.splitlines()) <= 220 and len(README.encode()) <= 14_000

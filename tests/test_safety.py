@@ -190,3 +190,12 @@ def test_numbers_that_are_not_finite_are_never_saved(text, tmp_path, monkeypatch
     assert ("the weights are not finite" if poison == "weights and Ctrl-C" else "the loss or the gradient's norm is not finite") in err and "--max_lr" in err
     assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2 and not Path("log/model").exists()
     assert ("3 train" in Path("log/log.txt").read_text()) == ("weights" in poison)
+
+
+def test_other_data_under_a_checkpoint_is_refused(cli, text, tmp_path):
+    assert cli(*TINY_RUN, "--data", text, "--num_samples=0").returncode == 0
+    text.write_text(text.read_text()[:30_000])
+    before = (tmp_path / "log" / "ckpt.pt").read_bytes()
+    done = cli("--init_from=resume", "--max_steps=6")
+    assert done.returncode == 1 and re.search(r"has \d+ windows, not the \d+ that the run began with", done.stderr)
+    assert (tmp_path / "log" / "ckpt.pt").read_bytes() == before

@@ -213,3 +213,20 @@ def test_loss_png_has_both_losses_over_tokens(tmp_path, monkeypatch):
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn[0].get_lines()}
     assert lines == {"train": ([500, 1000], [6.1, 5.5]), "val": ([0, 1000], [10.8, 5.0])}
     train_gpt2.plot_losses(tmp_path / "loss.png", [], 100)
+
+
+def test_processes_that_read_different_checkpoints_or_data_do_not_go_on(tmp_path, monkeypatch, make):
+    model, _, loader = saved(tmp_path / "ckpt.pt", make)
+    cfg = TrainConfig(out_dir=str(tmp_path), batch_size=4, sequence_length=16, total_batch_size=128, compile=False,
+                      max_steps=3, optimizer="adamw", seed=1, eval_every=0)
+    monkeypatch.setattr(train_gpt2, "load_tokens", lambda path, split: loader.shards)
+
+    def resume():
+        train_gpt2.train(cfg, model, load_checkpoint(tmp_path / "ckpt.pt"), CPU, torch.float32)
+
+    resume()
+    for step, n_windows in (1, 0), (0, 1):  # what another process has more than this one
+        monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 2)
+        monkeypatch.setattr(train_gpt2, "sum_over_ranks", lambda a, b: (2 * a + step, 2 * b + n_windows))
+        with pytest.raises(UserError, match="or the processes read different files"):
+            resume()
