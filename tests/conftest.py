@@ -18,7 +18,6 @@ TINY_RUN = [f"--{name}={value}" for name, value in NANO.items()] + (
     "--save_every=2 --log_every=1 --num_samples=2 --max_new_tokens=8 --no-compile --device=cpu").split()
 
 
-
 def exit_code(*flags):
     """Runs main in this process -> its exit code, with its last words on stderr as the interpreter would put them."""
     try:
