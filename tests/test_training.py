@@ -1,5 +1,7 @@
-"""Schedule, accumulation, evaluation and the checkpoint."""
+"""Schedule, recipes, accumulation, evaluation and the checkpoint."""
+import dataclasses
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt2
 from conftest import NANO, exit_code, load_checkpoint
-from train_gpt2 import DataLoaderLite, GPT, GPTConfig, TrainConfig, UserError, evaluate, get_lr, optimizer_step
+from train_gpt2 import (ADAMW_LR, MODELS, RECIPES, DataLoaderLite, GPT, GPTConfig, TrainConfig, UserError, choose_numbers,
+                        evaluate, get_lr, optimizer_step)
 
 CPU = torch.device("cpu")
 
@@ -91,19 +94,104 @@ def test_evaluate_is_the_mean_over_all_windows(make):
     assert loader.position == position  # training goes on where it was
 
 
+def test_the_end_of_the_cosine_is_a_tenth_unless_given():
+    assert get_lr(100, TrainConfig(max_lr=0.5, warmup_steps=10, max_steps=100)) == pytest.approx(0.05)
+    assert get_lr(100, TrainConfig(max_lr=0.5, min_lr=0.0, warmup_steps=10, max_steps=100)) == 0
+
+
+@pytest.mark.parametrize("given", [dict(), dict(max_lr=3e-5), dict(min_lr=2e-4), dict(max_lr=1e-3, min_lr=1e-3)])
+def test_the_rate_never_rises_after_the_warm_up(given):
+    for more in {}, dict(optimizer="adamw"):
+        cfg, _ = choose_numbers(given | more, NANO_SHAPE, {})
+        rates = [get_lr(step, cfg) for step in range(cfg.warmup_steps, cfg.max_steps + 10)]
+        assert rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(cfg.max_lr)
+
+
 @pytest.mark.parametrize("field, value", [
-    ("batch_size", 0), ("sequence_length", -1), ("temperature", -0.1), ("temperature", math.nan), ("top_k", 0),
-    ("max_steps", -1), ("max_lr", math.inf), ("seed", -1), ("num_samples", -1), ("max_new_tokens", 0)])
+    ("batch_size", 0), ("sequence_length", -1), ("temperature", -0.1), ("temperature", math.nan), ("top_k", -1),
+    ("max_steps", -1), ("max_lr", math.inf), ("seed", -1), ("num_samples", -1), ("max_new_tokens", 0), ("shard_size", 0)])
 def test_impossible_values(field, value):
-    with pytest.raises(UserError, match=f"--{field} .*{value}"):
-        TrainConfig(**{field: value})
+    with pytest.raises(UserError, match=f"--{field} must be a number of at least [01], not {value}"):
+        choose_numbers({field: value}, GPTConfig(), {})
+
+
+@pytest.mark.parametrize("field", ["n_layer", "n_head", "n_embd", "block_size", "vocab_size"])
+def test_impossible_shapes(field):
+    with pytest.raises(UserError, match=f"--{field} must be a number of at least 1, not 0"):
+        choose_numbers({}, GPTConfig(**{field: 0}), {})
+
+
+# Recipes
+
+NANO_SHAPE, GPT2_SHAPE = GPTConfig(**MODELS["nano"]), GPTConfig()
+CASES = {"laptop": (dict(), NANO_SHAPE), "laptop with adamw": (dict(optimizer="adamw"), NANO_SHAPE),
+         "lecture": (dict(model="gpt2"), GPT2_SHAPE), "finetune": (dict(init_from="pretrained"), GPT2_SHAPE)}
+
+
+def test_every_recipe_has_a_case():
+    assert CASES.keys() == RECIPES.keys()
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_every_number_of_a_recipe_counts_unless_given(recipe):
+    given, shape = CASES[recipe]
+    cfg, source = choose_numbers(given, shape, {})
+    assert source == f"the {recipe} recipe"
+    size = "nano" if shape is NANO_SHAPE else "gpt2"
+    changed = {name: value[size] if isinstance(value, dict) else value for name, value in RECIPES[recipe].items()}
+    assert vars(cfg) == vars(TrainConfig()) | changed | given
+    for name, value in changed.items():
+        if name not in ("model", "optimizer", "sequence_length", "batch_size", "total_batch_size"):
+            assert getattr(choose_numbers({**given, name: 2 * value}, shape, {})[0], name) == 2 * value
+
+
+def test_the_numbers_of_the_lecture_and_of_gpt3():
+    cfg, _ = choose_numbers(dict(model="gpt2"), GPT2_SHAPE, {})
+    assert (cfg.sequence_length, cfg.total_batch_size, cfg.max_lr, cfg.warmup_steps, cfg.max_steps) == (
+        1024, 524288, 6e-4, 715, 19073)
+    assert get_lr(0, cfg) == pytest.approx(8.39e-7, rel=1e-3) and get_lr(19073, cfg) == pytest.approx(6e-5)
+    rates = {name: choose_numbers(dict(model=name), GPTConfig(**MODELS[name]), {})[0].max_lr for name in list(MODELS)[1:]}
+    assert rates == {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
+
+
+def test_finetuning_takes_a_tenth_of_the_rate_of_the_nearest_size():
+    for n_embd, size in (32, "nano"), (96, "nano"), (768, "gpt2"), (1000, "gpt2-medium"), (1600, "gpt2-xl"):
+        cfg, _ = choose_numbers(dict(init_from="pretrained", model="folder"), GPTConfig(n_embd=n_embd), {})
+        assert cfg.max_lr == pytest.approx(ADAMW_LR[size] / 10) and cfg.optimizer == "adamw" and cfg.model == "folder"
+
+
+def test_a_sequence_is_no_longer_than_the_model_unless_a_flag_says_so():
+    for block_size, T in (64, 64), (256, 256), (1024, 256), (16, 16):
+        shape = GPTConfig(block_size=block_size)
+        assert choose_numbers(dict(init_from="pretrained"), shape, {})[0].sequence_length == T
+    with pytest.raises(UserError, match="--sequence_length 65 is over the model's block_size 64$"):
+        choose_numbers(dict(sequence_length=65, total_batch_size=65 * 16), NANO_SHAPE, {})
+
+
+def test_a_contradiction_says_what_is_from_the_recipe():
+    with pytest.raises(UserError, match=r"524288 is not a multiple of --batch_size 12 x --sequence_length 1024 x 1 "
+                                        r"processes \(from the lecture recipe: total_batch_size, sequence_length\)"):
+        choose_numbers(dict(model="gpt2", batch_size=12), GPT2_SHAPE, {})
+    with pytest.raises(UserError, match=r"--min_lr 0.001 is over --max_lr 0.0006 \(from the lecture recipe: max_lr\)"):
+        choose_numbers(dict(model="gpt2", min_lr=1e-3), GPT2_SHAPE, {})
+    with pytest.raises(UserError, match=r"--min_lr 1 is over --max_lr 0.5$"):
+        choose_numbers(dict(max_lr=0.5, min_lr=1.0), NANO_SHAPE, {})
+
+
+def test_an_edit_of_the_defaults_shows_in_the_bare_run(monkeypatch):
+    monkeypatch.setattr(train_gpt2, "TrainConfig", dataclasses.make_dataclass(
+        "Edited", [("max_lr", float, 0.123)], bases=(TrainConfig,)))
+    assert choose_numbers({}, NANO_SHAPE, {})[0].max_lr == 0.123
+    monkeypatch.setitem(RECIPES["lecture"], "max_lr", 0.5)
+    assert choose_numbers(dict(model="gpt2"), GPT2_SHAPE, {})[0].max_lr == 0.5
 
 
 def saved(path, make, step=3, scaler=None):
     model, optimizer, loader = make(4)
     steps(model, optimizer, loader, 1)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    train_gpt2.save_checkpoint(path, step, model, optimizer, scaler, loader, TrainConfig(), [f"{step} train 5.000000\n"])
+    log = {(step, "train"): (5.0, 64 * step)}
+    train_gpt2.save_checkpoint(path, step, model, optimizer, scaler, loader, TrainConfig(), log)
     return model, optimizer, loader
 
 
@@ -131,6 +219,24 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys
     assert f"cannot resume from {path} with this version" in err and "dropout" in err
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("")
+    (tmp_path / "folder.tmp" / "folder").mkdir(parents=True)  # left by a killed run
+    (tmp_path / "folder.tmp" / "folder" / "stale").write_text("")
+    with train_gpt2.atomic_write(tmp_path / "folder") as tmp:
+        tmp.mkdir()
+        (tmp / "a").write_text("a")
+        (tmp / "b").write_text("b")
+    assert calls == ["fsync", "fsync", "replace"]
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["a", "b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
 class Evil:
     def __reduce__(self):
         return open, ("evil", "w")
@@ -144,6 +250,38 @@ def test_strange_checkpoints_are_refused_and_run_nothing(tmp_path, monkeypatch, 
     assert exit_code("--init_from=resume", "--out_dir=.") == 1
     assert "cannot resume from ckpt.pt with this version: " in capsys.readouterr().err
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_norm_is_that_of_the_unscaled_gradients_and_clipping_follows(make):
+    def gradients(grad_clip, scaler=None):
+        model, optimizer, loader = make(4)
+        norm = one_step(model, optimizer, loader, grad_clip=grad_clip, scaler=scaler)[1]
+        return norm, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    norm, clipped = gradients(0.01)
+    scaled_norm, scaled = gradients(0.01, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    assert norm > 0.01 and clipped.norm() == pytest.approx(0.01, rel=1e-3)
+    assert scaled_norm == pytest.approx(norm, rel=1e-4)
+    torch.testing.assert_close(scaled, clipped)
+    torch.testing.assert_close(gradients(0.0)[1], gradients(1e9)[1])
+    assert gradients(0.0)[1].norm() == pytest.approx(norm, rel=1e-4)
+
+
+def test_processes_sync_in_the_last_micro_step_alone(make, monkeypatch):
+    model, optimizer, loader = make(2)
+
+    class StandIn(torch.nn.Module):
+        require_backward_grad_sync, seen = True, []
+
+        def forward(self, x, y):
+            self.seen.append(self.require_backward_grad_sync)
+            return model(x, y)
+
+    monkeypatch.setattr(train_gpt2, "DDP", StandIn)
+    standin = StandIn()
+    standin.inner = model
+    one_step(standin, optimizer, loader, 3)
+    assert standin.seen == [False, False, True]
 
 
 def test_float16_on_a_cpu_survives_overflowing_gradients(make):
@@ -208,11 +346,12 @@ def test_dtype_of_gpus(monkeypatch, capability, dtype):
 def test_loss_png_has_both_losses_over_tokens(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: path.touch() or drawn.extend(figure.axes))
-    log = ["0 val 10.8\n", "5 train 6.1\n", "10 train 5.5\n", "10 val 5.0\n", "10 hella 0.25\n"]
-    train_gpt2.plot_losses(tmp_path / "loss.png", log, 100)
+    log = {(0, "val"): (10.8, 0), (5, "train"): (6.1, 500), (10, "train"): (5.5, 1000), (10, "val"): (5.0, 1000),
+           (10, "hella"): (0.25, 1000)}
+    train_gpt2.plot_losses(tmp_path / "loss.png", log)
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn[0].get_lines()}
     assert lines == {"train": ([500, 1000], [6.1, 5.5]), "val": ([0, 1000], [10.8, 5.0])}
-    train_gpt2.plot_losses(tmp_path / "loss.png", [], 100)
+    train_gpt2.plot_losses(tmp_path / "loss.png", {})
 
 
 def test_processes_that_read_different_checkpoints_or_data_do_not_go_on(tmp_path, monkeypatch, make):
@@ -228,5 +367,5 @@ def test_processes_that_read_different_checkpoints_or_data_do_not_go_on(tmp_path
     for step, n_windows in (1, 0), (0, 1):  # what another process has more than this one
         monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 2)
         monkeypatch.setattr(train_gpt2, "sum_over_ranks", lambda a, b: (2 * a + step, 2 * b + n_windows))
-        with pytest.raises(UserError, match="or the processes read different files"):
+        with pytest.raises(UserError, match="the processes read different checkpoints or data"):
             resume()
