@@ -31,7 +31,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported: no stack trace
+IS_SCRIPT = __name__ == "__main__"
+if IS_SCRIPT:  # Ctrl-C while torch is imported: no stack trace
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 # OpenMP's threads spin while they wait, and on a busy machine keep one another from working. It reads
@@ -861,8 +862,8 @@ def save_run(cfg, step, start, is_end, model, optimizer, scaler, loader, log, er
     if RANK > 0:
         return
     if step == 1 and start == 0:  # an update has worked: now what an old run left may go
-        (out_dir / "ckpt.pt").unlink(missing_ok=True)
-        (out_dir / "loss.png").unlink(missing_ok=True)
+        for old in filter(Path.is_file, (out_dir / "ckpt.pt", out_dir / "loss.png")):
+            old.unlink()
         shutil.rmtree(out_dir / "model", ignore_errors=True)
 
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
@@ -1055,7 +1056,11 @@ def choose_numbers(given, config, ckpt):
         size = min(MODELS, key=lambda name: abs(MODELS[name]["n_embd"] - config.n_embd))
         for name, value in RECIPES[recipe].items():
             numbers[name] = value[size] if isinstance(value, dict) else value
-        numbers["sequence_length"] = min(numbers["sequence_length"], config.block_size)
+        if numbers["sequence_length"] > config.block_size:
+            micro_batch = given.get("batch_size", numbers["batch_size"]) * config.block_size * WORLD_SIZE
+            numbers["sequence_length"] = config.block_size
+            total = numbers["total_batch_size"]
+            numbers["total_batch_size"] = max(micro_batch, total - total % max(1, micro_batch))
     numbers |= given
 
     problems = []
@@ -1066,9 +1071,9 @@ def choose_numbers(given, config, ckpt):
     if numbers["min_lr"] is not None and numbers["min_lr"] > numbers["max_lr"]:
         problems.append(f"--min_lr {numbers['min_lr']:g} is over --max_lr {numbers['max_lr']:g}")
     B, T, total = numbers["batch_size"], numbers["sequence_length"], numbers["total_batch_size"]
-    if T > config.block_size:
+    if T > config.block_size and numbers["max_steps"] > 0:
         problems.append(f"--sequence_length {T} is over the model's block_size {config.block_size}")
-    if not problems and total % (B * T * WORLD_SIZE) != 0:
+    if not problems and total % (B * T * WORLD_SIZE) != 0 and numbers["max_steps"] > 0:
         problems.append(f"--total_batch_size {total} is not a multiple of --batch_size {B} x "
                         f"--sequence_length {T} x {WORLD_SIZE} processes")
     if problems:

@@ -1,6 +1,8 @@
 """The program as a user meets it: runs, files, bad input."""
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 import train_gpt2
 from conftest import ROOT, TINY_RUN, exit_code, load_checkpoint
+from test_hellaswag import made_examples, write
 from train_gpt2 import GPT, TrainConfig, UserError, parse_flags
 
 STEP_LINE = re.compile(
@@ -20,8 +23,10 @@ STEP_LINE = re.compile(
 def test_a_run_from_start_to_samples(cli, text, tmp_path):
     done = cli(*TINY_RUN, "--data", text)
     assert done.returncode == 0, done.stderr
-    assert [re.search(r"\w+", line)[0] for line in done.stdout.splitlines()[:4]] == ["device", "model", "reading", "0"]
+    first = [line.split(":")[0].split(",")[0] for line in done.stdout.splitlines()[:4]]
+    assert first == ["device", "model", "the laptop recipe", "reading " + str(text)]
     assert done.stdout.startswith("device: cpu (as asked), processes: 1\n")
+    assert "max_lr 0.015" in done.stdout and "total_batch_size 64" in done.stdout
     lines = [m for line in done.stdout.splitlines() if (m := STEP_LINE.fullmatch(line))]
     assert [(m[1], m[2]) for m in lines] == [(str(k), "4") for k in (1, 2, 3, 4)]
     records = [line.split() for line in (tmp_path / "log" / "log.txt").read_text().splitlines()]
@@ -33,6 +38,8 @@ def test_a_run_from_start_to_samples(cli, text, tmp_path):
     assert torch.load(tmp_path / "log" / "ckpt.pt", weights_only=True)["step"] == 4
     assert GPT.from_pretrained(tmp_path / "log" / "model").config.n_embd == 32
     assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["ckpt.pt", "log.txt", "loss.png", "model"]
+    last = records[-1]
+    assert f"log/ holds ckpt.pt, log.txt, loss.png, model; model is step 4's, validation loss {float(last[2]):.4f}" in done.stdout
 
     again = cli(*TINY_RUN, "--data", text)
     assert again.returncode == 1 and "--init_from resume" in again.stderr and "--overwrite" in again.stderr
@@ -75,12 +82,20 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
     for key in ("model", "optimizer"):
         torch.testing.assert_close(whole[key], parts[key], atol=0, rtol=0)
 
-    with pytest.raises(UserError, match="--n_layer contradicts the model, a GPTConfig.*n_layer=2"):
-        train_gpt2.run(parse_flags(["--init_from=resume", "--out_dir=parts", "--n_layer=3"]))
-    with pytest.raises(UserError, match="--seed 2 contradicts parts/ckpt.pt, made with 1337"):
-        train_gpt2.run(parse_flags(["--init_from=resume", "--out_dir=parts", "--seed=2"]))
-    with pytest.raises(UserError, match="--max_steps 23 in all, but parts/ckpt.pt has 24"):
-        train_gpt2.run(parse_flags(["--init_from=resume", "--out_dir=parts", "--max_steps=23"]))
+    changes = {"--n_layer=3": "--n_layer 3 contradicts the model, a GPTConfig.*n_layer=2",
+               "--max_steps=23": "--max_steps 23 in all, but the checkpoint has 24",
+               "--model=gpt2": "cannot resume with --model gpt2 after nano: the weights",
+               f"--optimizer={'muon' if optimizer == 'adamw' else 'adamw'}": f"after {optimizer}: its state",
+               "--seed=2": "cannot resume with --seed 2 after 1337: the order", "--no-shuffle": "False after True: the order",
+               "--sequence_length=8": "8 after 16: the place", "--overwrite": "True after False: it would delete"}
+    for flag, message in changes.items():
+        with pytest.raises(UserError, match=message):
+            train_gpt2.run(parse_flags(["--init_from=resume", "--out_dir=parts", flag]))
+    assert Path("parts/log.txt").read_text() == Path("whole/log.txt").read_text()
+    with open("parts/log.txt", "a") as f:
+        f.write("99 train 1.0\n")  # as if the run had got further than its checkpoint
+    assert exit_code("--init_from=resume", "--out_dir=parts", "--num_samples=0") == 0  # no step is left
+    assert Path("parts/log.txt").read_text() == Path("whole/log.txt").read_text()
     assert exit_code("--init_from=resume", "--out_dir=parts", "--max_steps=0") == 0  # only samples
     assert exit_code("--init_from=resume", "--out_dir=parts", "--max_steps=26", "--max_lr=1e-4", "--min_lr=1e-5") == 0
     assert load_checkpoint(Path("parts/ckpt.pt"))["step"] == 26
@@ -107,13 +122,18 @@ def test_a_vocabulary_that_is_not_gpt2s_trains_on_its_own_tokens(tmp_path, cli):
     assert done.returncode == 0 and done.stdout.count("val loss") == 3 and "--- sample" not in done.stdout, done.stderr
     assert GPT.from_pretrained(tmp_path / "log" / "model").config.vocab_size == 300
     done = cli("--init_from=resume", "--max_steps=0", "--num_samples=1")
-    assert done.returncode == 1 and "a text needs vocab_size 50257, not 300" in done.stderr
+    assert done.returncode == 1 and "a text needs GPT-2's tokenizer, of vocab_size 50257" in done.stderr
+    done = cli(*TINY_RUN, "--data=train.npy", "--num_samples=0", "--vocab_size=60000", "--out_dir=more", "--max_steps=1")
+    assert done.returncode == 0  # and all of its rows are exported
+    assert GPT.from_pretrained(tmp_path / "more" / "model").config.vocab_size == 60000
 
 
 BAD_INPUT = [
     (["--batchsize=3"], "no flag --batchsize=3; did you mean --batch_size"),
     (["--lr=3"], "no flag --lr=3; did you mean --min_lr or --max_lr"),
-    (["--compile", "False"], "there is no flag False"),
+    (["--compile", "False"], "did you mean --compile or --no-compile?"),
+    (["stray"], "there is no flag stray"),
+    (["--min_lr=1", "--max_lr=0.5"], "--min_lr 1 is over --max_lr 0.5"),
     (["--batch=3"], "no flag --batch=3; did you mean --batch_size"),
     (["--max_steps=many"], "invalid int value: 'many'"),
     (["--optimizer=sgd"], "invalid choice: 'sgd'"),
@@ -122,26 +142,33 @@ BAD_INPUT = [
     (["--n_embd=2000000", "--n_head=1"], "error: halve --batch_size, or take a smaller --model: "),
     (["--n_embd=4000000000000000000", "--n_head=1"], "error: halve --batch_size, or take a smaller --model: "),
     (["--temperature=-1"], "--temperature must be a number of at least 0, not -1.0"),
-    (["--top_k=0"], "--top_k must be a number of at least 1, not 0"),
+    (["--top_k=-1"], "--top_k must be a number of at least 0, not -1"),
     (["--model=gpt3"], "--model gpt3 is not one of nano, "),
     (["--device=cuda:99"], "--device cuda:99 cannot be used"),
     (["--device=abacus"], "--device abacus cannot be used"),
     (["--data=nowhere.txt"], "--data nowhere.txt does not exist"),
-    (["--data=."], "no token shards for train"),
-    (["--data=empty.txt"], "--data too short, with 0 tokens"),
-    (["--data=short.txt"], "--data too short, with"),
-    (["--data=latin1.txt"], "--data latin1.txt cannot be read: 'utf-8' codec"),
+    (["--data=."], "a folder may hold .txt files, or .jsonl files, or token shards"),
+    (["--data=allocated.txt"], "error: --data allocated.txt does not exist"),
+    (["--data=empty.txt"], "its train split has 0 tokens, and a window of --sequence_length 16 takes 17"),
+    (["--data=short.txt"], "its train split has "),
+    (["--data=latin1.txt"], "cannot read latin1.txt as UTF-8: 'utf-8' codec can't decode byte 0xeb"),
+    (["--data=char"], "meta.pkl says that these are not GPT-2's tokens"),
+    (["--data=char/train.bin"], "meta.pkl says that these are not GPT-2's tokens"),
+    (["--hellaswag=short.txt"], "--hellaswag short.txt:1 has no ctx, endings and label"),
     (["--total_batch_size=1000"], "1000 is not a multiple of --batch_size 4 x --sequence_length 16 x 1 processes"),
-    (["--sequence_length=64", "--total_batch_size=256"], "--sequence_length 64 is over the block_size 32"),
-    (["--vocab_size=300"], "a text needs vocab_size 50257, not 300"),
-    (["--vocab_size=300", "--num_samples=0"], "--data has token"),
+    (["--sequence_length=64", "--total_batch_size=256"], "--sequence_length 64 is over the model's block_size 32"),
+    (["--vocab_size=300"], "a text needs GPT-2's tokenizer, of vocab_size 50257; nano has another (vocab_size 300)"),
+    (["--vocab_size=300", "--num_samples=0"], "a text needs GPT-2's tokenizer"),
+    (["--vocab_size=60", "--num_samples=0", "--data=char"], "train.bin has token 64, the model 60 (--vocab_size)"),
     (["--out_dir=empty.txt"], "empty.txt"),
-    (["--init_from=pretrained"], "cannot load 'nano' as a GPT-2 model"),
+    (["--init_from=pretrained"], "cannot load 'gpt2', no local folder, as a GPT-2 model"),
     (["--init_from=pretrained", "--model=folder", "--data=no.txt"], "no.txt does not exist"),  # before any model
-    (["--init_from=pretrained", "--model=folder"], "config.json"),
+    (["--init_from=pretrained", "--model=folder"], "cannot load the local folder folder as"),
     (["--init_from=pretrained", "--model=nobody/nothing"], "nobody/nothing"),
     (["--init_from=pretrained", "--model=./nofolder"], "./nofolder"),
     (["--init_from=resume"], "cannot resume from log/ckpt.pt with this version: [Errno 2] No such file"),
+    (["--write_shards=char"], "--write_shards char is not empty"),
+    (["--write_shards=new", "--data=char"], "--data char holds tokens already"),
 ]
 
 
@@ -152,6 +179,10 @@ def test_bad_input_gets_one_sentence(text, tmp_path, monkeypatch, capsys, flags,
     (tmp_path / "short.txt").write_text("To be, or not to be.")
     (tmp_path / "latin1.txt").write_bytes("Zoë".encode("latin1") * 100)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "char").mkdir()
+    for name in "train.bin", "val.bin":
+        (np.arange(1000) % 65).astype("<u2").tofile(tmp_path / "char" / name)
+    (tmp_path / "char" / "meta.pkl").write_bytes(b"not to be unpickled")
     run = ["--device=cpu"] if flags[0] == "--init_from=pretrained" else TINY_RUN
     code = exit_code(*run, "--data", text, *flags)  # any other exception would be a stack trace
     err = capsys.readouterr().err
@@ -178,7 +209,7 @@ def test_a_bug_in_edited_code_shows_its_stack_trace(tmp_path, text, compile):
 def test_a_bug_in_edited_code_shows_its_stack_trace_also_where_weights_are_loaded(tmp_path, hf_model):
     hf_model(vocab_size=50257).save_pretrained(tmp_path / "model")
     source = (ROOT / "train_gpt2.py").read_text()
-    (tmp_path / "edited.py").write_text(source.replace("self.n_head = config.n_head", "self.n_head = config.nhead"))
+    (tmp_path / "edited.py").write_text(source.replace("C, self.n_head = config.n_embd, config.n_head", "C, self.n_head = config.n_embd, config.nhead"))
     done = subprocess.run([sys.executable, "edited.py", "--init_from=pretrained", "--model=model", "--max_steps=0"],
                           cwd=tmp_path, text=True, capture_output=True, timeout=120)
     assert done.returncode == 1 and "Traceback" in done.stderr and "config.nhead" in done.stderr, done.stderr
@@ -229,7 +260,7 @@ def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, capsys):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
     assert train_gpt2.start_process("auto").type == "cpu"
     out = capsys.readouterr().out
-    assert re.search(r"no GPU found; torch's CUDA: (None|[\d.]+); install the torch for the CUDA of the NVIDIA driver", out)
+    assert re.search(r"no GPU found; torch's CUDA: (None|[\d.]+); an NVIDIA driver is present: install a CUDA build", out)
 
 
 def test_help_explains_every_knob(cli):
@@ -250,3 +281,220 @@ def test_importing_runs_nothing():
     code = "import sys, train_gpt2; assert not {'transformers', 'tiktoken', 'matplotlib'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_new_knob_is_a_flag(tmp_path):
+    """Without a comment, with one space before it, with None for a default, with characters that are not ASCII."""
+    source = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
+    field = "    max_steps: int = 600 "
+    assert source.count(field) == 1
+    new = "    dropout: float = 0.1\n    depth: int | None = None # na\u00efve\n    name: str|None = None\n"
+    (tmp_path / "edited.py").write_text(source.replace(field, new + field), encoding="utf-8")
+    env = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "edited.py", "--help"], cwd=tmp_path, capture_output=True, env=env)
+    out = " ".join(done.stdout.decode().split())
+    assert done.returncode == 0 and "--depth DEPTH na\u00efve (default: None)" in out and "--dropout DROPOUT (default: 0.1)" in out
+    code = "import edited; print(edited.parse_flags(['--depth', '3', '--dropout=0.5', '--name', 'x']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "{'depth': 3, 'dropout': 0.5, 'name': 'x'}", done.stderr
+
+
+def test_help_says_which_default_a_recipe_changes(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "optimizer steps in all; 0: none, only sample (default: 600; lecture: 19073; finetune: 200)" in out
+    assert "the lecture's (default: 'muon'; lecture: adamw; finetune: adamw)" in out
+
+
+@pytest.mark.parametrize("environment, refused", [
+    (dict(SLURM_PROCID="0", SLURM_NTASKS="2"), "SLURM_NTASKS is 2"), (dict(SLURM_NTASKS="2"), ""),
+    (dict(SLURM_PROCID="0", SLURM_NTASKS="1"), ""), (dict(RANK="0", WORLD_SIZE="2"), "WORLD_SIZE is 2"), (dict(RANK="1"), ""),
+    (dict(OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="4"), "OMPI_COMM_WORLD_SIZE is 4"), (dict(LOCAL_RANK="3"), "")])
+def test_variables_left_over_from_other_programs(cli, text, environment, refused):
+    done = cli(*TINY_RUN, "--data", text, "--max_steps=1", "--num_samples=0", env=environment)
+    assert done.returncode == bool(refused), done.stderr
+    assert (f"{refused}: start several processes with torchrun" in done.stderr) if refused else "1/1 | val loss" in done.stdout
+
+
+def test_an_earlier_run_without_a_checkpoint_is_not_overwritten(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY_RUN, "--data", text, "--save_every=0", "--num_samples=0"]
+    assert exit_code(*flags) == 0
+    before = Path("log/log.txt").read_text(), Path("log/model/model.safetensors").read_bytes()
+    assert exit_code(*flags, "--seed=2") == 1 and "log/log.txt exists" in capsys.readouterr().err
+    Path("log/log.txt").unlink()
+    assert exit_code(*flags, "--seed=2") == 1 and "log/model exists" in capsys.readouterr().err
+    assert Path("log/model/model.safetensors").read_bytes() == before[1]
+    assert exit_code(*flags, "--seed=2", "--overwrite") == 0 and Path("log/log.txt").read_text() != before[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_model_folder_of_someone_else_is_seen_before_training(hf_model, text, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("log").mkdir()
+    if kind == "folder":
+        Path("log/model").mkdir()
+        Path("log/model/novel.txt").write_text("")
+    else:
+        hf_model().save_pretrained("elsewhere")
+        Path("log/model").symlink_to(tmp_path / "elsewhere")
+    assert exit_code(*TINY_RUN, "--data", text, "--overwrite") == 1
+    out, err = capsys.readouterr()
+    assert "log/model exists and is no model" in err and "loss" not in out
+    assert len(list(Path("log/model").iterdir())) == (1 if kind == "folder" else 3)
+
+
+def test_hellaswag_is_scored_at_the_end_also_without_evaluation(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "h.jsonl", made_examples(3))
+    assert exit_code(*TINY_RUN, "--data", text, "--hellaswag=h.jsonl", "--eval_every=0", "--num_samples=0") == 0
+    assert [line for line in Path("log/log.txt").read_text().splitlines() if " hella " in line][0].startswith("4 hella")
+
+
+def test_stdout_without_reconfigure(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
+    assert exit_code("--n_layer=1", "--n_head=1", "--n_embd=8", "--max_steps=0", "--num_samples=1", "--max_new_tokens=3") == 0
+    assert "--- sample\nROMEO:" in sys.stdout.getvalue()
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "train_gpt2.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while True:  # until the file runs, which the handler of its own shows
+        with open(f"/proc/{process.pid}/status") as f:
+            caught = next(line for line in f if line.startswith("SigCgt"))
+        with open(f"/proc/{process.pid}/maps") as f:
+            if "libtorch" in f.read() and int(caught.split()[1], 16) & 2:
+                break
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=30)[1], process.returncode) == ("", 130)
+
+
+def test_out_of_memory_while_compiling_is_not_taken_for_a_broken_compiler(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def compile(model):
+        def run(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert exit_code(*TINY_RUN, "--data", text, "--compile") == 1
+    out, err = capsys.readouterr()
+    assert "does not work" not in out and "error: halve --batch_size, or take a smaller --model: CUDA out of memory" in err
+
+
+def test_an_overfitting_run_keeps_its_best_weights(tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text((ROOT / "input.txt").read_text()[:3000])
+    flags = [*TINY_RUN, "--data=text.txt", "--max_steps=60", "--eval_every=10", "--eval_batches=0", "--num_samples=0", "--max_lr=0.05",
+             "--dtype=float32"]
+    assert exit_code(*flags) == 0
+    val = {int(k): float(v) for k, s, v in map(str.split, Path("log/log.txt").read_text().splitlines()) if s == "val"}
+    best = min(list(val)[1:], key=val.get)
+    assert best < 60 and val[60] > val[best] + 0.05  # it overfits
+    assert f"model is step {best}'s, validation loss {val[best]:.4f}" in capsys.readouterr().out
+    loader = train_gpt2.DataLoaderLite(train_gpt2.load_tokens("text.txt", "val"), 1, 16)
+    x, y = loader.get(range(loader.n_windows))
+    logits = AutoModelForCausalLM.from_pretrained("log/model")(x).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+    assert loss == pytest.approx(val[best], abs=2e-3)
+
+    before = Path("log/model/model.safetensors").read_bytes()
+    assert exit_code("--init_from=resume", "--max_steps=70") == 0  # knows the best so far
+    assert Path("log/model/model.safetensors").read_bytes() == before
+
+
+def test_each_record_keeps_its_tokens(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(*TINY_RUN, "--data", text, "--num_samples=0", "--eval_every=0") == 0
+    assert exit_code("--init_from=resume", "--total_batch_size=128", "--max_steps=6") == 0
+    log = load_checkpoint(Path("log/ckpt.pt"))["log"]
+    assert {step: tokens for (step, _), (_, tokens) in log.items()} == {1: 64, 2: 128, 3: 192, 4: 256, 5: 384, 6: 512}
+
+
+def test_the_wiring_of_a_run(text, tmp_path, monkeypatch, capsys):
+    """One run with spies: every setting arrives where it counts."""
+    monkeypatch.chdir(tmp_path)
+    seen, clock = {"lr": [], "autocast": [], "loaders": []}, iter(range(1000))
+    monkeypatch.setattr(train_gpt2.time, "perf_counter", lambda: 2.0 * next(clock))  # a step takes 2 seconds
+    step, init = train_gpt2.optimizer_step, train_gpt2.DataLoaderLite.__init__
+
+    def spied_init(self, shards, B, T, seed=None, *args):
+        seen["loaders"].append((B, T, seed))
+        init(self, shards, B, T, seed, *args)
+
+    def spied_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps):
+        seen["lr"].append(lr)
+        seen["decay"] = [group["weight_decay"] for group in optimizer.param_groups]
+        seen["accum"] = grad_accum_steps
+        with autocast:
+            seen["autocast"].append(model(torch.zeros(1, 4, dtype=torch.long))[0].dtype)
+        result = step(model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps)
+        assert [group["lr"] for group in optimizer.param_groups] == [lr] * 3
+        return result
+
+    monkeypatch.setattr(train_gpt2, "optimizer_step", spied_step)
+    monkeypatch.setattr(train_gpt2.DataLoaderLite, "__init__", spied_init)
+    flags = [*TINY_RUN, "--data", text, "--dtype=bfloat16", "--weight_decay=0.3", "--warmup_steps=2", "--max_lr=0.01", "--num_samples=0",
+             "--batch_size=2"]
+    assert exit_code(*flags) == 0
+    assert seen["lr"] == pytest.approx([0.005, 0.01, 0.01, 0.0055]) and seen["accum"] == 2
+    assert seen["decay"] == [0.3, 0.0, 0.3] and set(seen["autocast"]) == {torch.bfloat16}
+    assert seen["loaders"] == [(2, 16, 1337), (2, 16, None)]  # validation is read in order
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tok/s" in line]
+    assert all("| 2000.0 ms | 32 tok/s |" in line for line in lines)
+    assert [line.split("| ")[-1] for line in lines] == ["0m06s left", "0m04s left", "0m02s left", "0m00s left"]
+    log = load_checkpoint(Path("log/ckpt.pt"))["log"]
+    assert log[4, "train"][1] == log[4, "val"][1] == 256 and log[0, "val"][1] == 0
+
+    seen["loaders"].clear()
+    assert exit_code(*flags, "--no-shuffle", "--dtype=float32", "--out_dir=more", "--max_steps=1") == 0
+    assert seen["loaders"] == [(2, 16, None)] * 2 and seen["autocast"][-1] == torch.float32
+
+
+class StandIn(torch.nn.Module):
+    """In place of a GPT: gives the tokens of a text, whatever it is asked, and keeps what it was asked."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.lm_head = torch.nn.Linear(1, 1)
+        self.tokens = train_gpt2.get_tokenizer().encode(text, allowed_special="all")
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
+        self.asked = idx.tolist(), max_new_tokens, temperature, top_k, generator.initial_seed()
+        for token in self.tokens:
+            if on_token and on_token(torch.tensor([[token]])):
+                break
+        return torch.cat((idx, torch.tensor([self.tokens] * len(idx))), dim=1)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_a_sample_is_asked_for_and_printed_as_the_settings_say(capsys, num_samples):
+    model = StandIn("wer 🙂 你好<|endoftext|>and more")
+    cfg = TrainConfig(prompt="A<|endoftext|>B\\n", temperature=0.7, top_k=9, seed=5)
+    train_gpt2.sample(model, cfg, num_samples, 30)
+    assert model.asked == ([[32, 50256, 33, 198]] * num_samples, 30, 0.7, 9, 5)
+    heads = ["--- sample"] if num_samples == 1 else ["--- sample 1 of 2", "--- sample 2 of 2"]
+    assert capsys.readouterr().out == "".join(f"{head}\nA<|endoftext|>B\nwer 🙂 你好\n" for head in heads) + "---\n"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_samples_alone_are_drawn_in_the_chosen_dtype(tmp_path, monkeypatch, dtype):
+    monkeypatch.chdir(tmp_path)
+    dtypes = []
+    monkeypatch.setattr(train_gpt2, "sample", lambda model, *rest: dtypes.append(model.lm_head.weight.dtype))
+    assert exit_code("--n_layer=1", "--n_head=1", "--n_embd=8", "--max_steps=0", f"--dtype={dtype}") == 0
+    assert dtypes == [getattr(torch, dtype)] and not Path("log").exists()
+
+
+def test_a_float16_run_resumes_with_its_scale(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY_RUN, "--data", text, "--dtype=float16", "--max_steps=6", "--save_every=3", "--eval_every=0", "--num_samples=0"]
+    assert exit_code(*flags, "--out_dir=whole") == 0
+    assert exit_code(*flags, "--out_dir=parts", "--max_steps=3", "--warmup_steps=20") == 0
+    assert exit_code("--init_from=resume", "--out_dir=parts", "--max_steps=6") == 0
+    whole, parts = (load_checkpoint(Path(name) / "ckpt.pt")["scaler"] for name in ("whole", "parts"))
+    assert whole == parts and whole["_growth_tracker"] > 3

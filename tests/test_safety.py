@@ -50,7 +50,8 @@ def test_a_signal_saves_and_says_how_to_go_on(start, cli, tmp_path, number, code
     out, err = process.communicate(timeout=30)
     assert process.returncode == code and "Traceback" not in err
     step = load_checkpoint(tmp_path / "log" / "ckpt.pt")["step"]
-    assert f"stopped at step {step}; --init_from resume --out_dir log" in out
+    assert f"stopped at step {step}; continue with --init_from resume --out_dir log" in out
+    assert GPT.from_pretrained(tmp_path / "log" / "model").config.n_layer == 2 and f"model is step {step}'s" in out
     lines = (tmp_path / "log" / "log.txt").read_text().splitlines()
     assert [int(line.split()[0]) for line in lines] == list(range(1, step + 1))
     more = cli("--init_from=resume", f"--max_steps={step + 2}")
@@ -109,8 +110,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_going(text, tmp_path,
     monkeypatch.setattr(torch, "save", full_after_step_2)
     assert exit_code(*TINY_RUN, "--data", text, "--save_every=1") == 1
     out, err = capsys.readouterr()
-    assert out.count("could not be saved in log: ") == 2 and " 4/4 | val loss" in out
-    assert "step 4 could not be saved in log: " in err and "No space left" in err
+    assert out.count("ckpt.pt could not be saved in log: ") == 2 and " 4/4 | val loss" in out
+    assert "step 4: ckpt.pt could not be saved in log: " in err and "No space left" in err
     assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2
     assert GPT.from_pretrained("log/model").config.n_layer == 2  # what was trained is not lost
     assert not list(Path("log").glob("*.tmp"))
@@ -135,14 +136,14 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(text, tmp_path, monke
     assert exit_code(*TINY_RUN, "--data", text, "--eval_every=0", "--num_samples=0") == 0
     lines = Path("log/log.txt").read_text().splitlines()  # none missing, none merged
     assert [line.rsplit(" ", 1)[0] for line in lines] == ["1 train", "2 train", "3 train", "4 train"]
-    assert load_checkpoint("log/ckpt.pt")["log"] == [line + "\n" for line in lines]
+    assert [f"{step} {stream} {value:.6f}" for (step, stream), (value, _) in load_checkpoint("log/ckpt.pt")["log"].items()] == lines
 
 
 def test_a_picture_that_cannot_be_written_costs_no_checkpoint(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("log/loss.png").mkdir(parents=True)
     assert exit_code(*TINY_RUN, "--data", text) == 1
-    assert "step 4 could not be saved in log: " in capsys.readouterr().err
+    assert "step 4: loss.png could not be saved in log: " in capsys.readouterr().err
     assert load_checkpoint("log/ckpt.pt")["step"] == 4 and Path("log/model").exists() and Path("log/loss.png").is_dir()
 
 
@@ -153,7 +154,7 @@ def test_a_file_size_limit(text, tmp_path):
     command = f"trap '' XFSZ; ulimit -f 2000; {sys.executable} {ROOT / 'train_gpt2.py'} {flags}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "warning: step 4 could not be saved in log: " in done.stdout and " 4/4 | val loss" in done.stdout
+    assert "warning: step 4: ckpt.pt could not be saved in log: " in done.stdout and " 4/4 | val loss" in done.stdout
     assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["log.txt", "loss.png"]
 
 
@@ -189,7 +190,7 @@ def test_numbers_that_are_not_finite_are_never_saved(text, tmp_path, monkeypatch
     err = capsys.readouterr().err
     assert ("the weights are not finite" if poison == "weights and Ctrl-C" else "the loss or the gradient's norm is not finite") in err and "--max_lr" in err
     assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2 and not Path("log/model").exists()
-    assert ("3 train" in Path("log/log.txt").read_text()) == ("weights" in poison)
+    assert ("3 train" in Path("log/log.txt").read_text()) == (poison == "weights")
 
 
 def test_other_data_under_a_checkpoint_is_refused(cli, text, tmp_path):
@@ -199,3 +200,67 @@ def test_other_data_under_a_checkpoint_is_refused(cli, text, tmp_path):
     done = cli("--init_from=resume", "--max_steps=6")
     assert done.returncode == 1 and re.search(r"has \d+ windows, not the \d+ that the run began with", done.stderr)
     assert (tmp_path / "log" / "ckpt.pt").read_bytes() == before
+
+
+def test_what_could_not_be_saved_is_forgotten_once_it_can(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plot, n = train_gpt2.plot_losses, []
+
+    def fails_once(*args):
+        n.append(1)
+        if len(n) == 1:
+            raise OSError("No space left on device")
+        plot(*args)
+
+    monkeypatch.setattr(train_gpt2, "plot_losses", fails_once)
+    assert exit_code(*TINY_RUN, "--data", text, "--save_every=0") == 0
+    out = capsys.readouterr().out
+    assert out.count("loss.png could not be saved") == 1 and "--- sample 2 of 2" in out and len(n) > 1
+
+
+@pytest.mark.parametrize("dies", ["in the first update", "in the second update", "in the first evaluation"])
+def test_an_old_run_stays_until_the_new_one_has_made_an_update(text, tmp_path, monkeypatch, dies):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(*TINY_RUN, "--data", text, "--num_samples=0") == 0
+    old = {str(p): p.read_bytes() for p in Path("log").rglob("*") if p.is_file()}
+    step, n = train_gpt2.optimizer_step, []
+
+    def dying(*args):
+        n.append(1)
+        if len(n) == (1 if dies == "in the first update" else 2):
+            raise KeyboardInterrupt
+        return step(*args)
+
+    def dying_too(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt2, "optimizer_step", dying)
+    if "evaluation" in dies:
+        monkeypatch.setattr(train_gpt2, "evaluate", dying_too)
+    flags = ["--overwrite", "--seed=2", "--save_every=100", "--eval_every=100", "--num_samples=0"]
+    assert exit_code(*TINY_RUN, "--data", text, *flags) == 130
+    new = {str(p): p.read_bytes() for p in Path("log").rglob("*") if p.is_file() and p.name != ".lock"}
+    if dies == "in the second update":  # or the folder would resume the old run
+        assert set(new) == {"log/log.txt"} and new["log/log.txt"].startswith(b"0 val")
+    else:
+        assert new == old
+
+
+def test_two_runs_in_one_folder(start, cli, text, tmp_path):
+    first = start("--save_every=0")
+    wait_for_steps(tmp_path / "log" / "log.txt", 2)
+    for flags in ["--overwrite"], ["--overwrite", "--seed=2"]:
+        done = cli(*TINY_RUN, "--data", text, *flags)
+        assert done.returncode == 1 and "another run is at work in log" in done.stderr and "loss" not in done.stdout
+    first.kill()
+    first.communicate()
+    assert cli(*TINY_RUN, "--data", text, "--overwrite", "--max_steps=1").returncode == 0  # the lock died with it
+
+
+def test_two_runs_started_at_once(start, tmp_path):
+    runs = [start("--max_steps=30", f"--seed={seed}", "--num_samples=0") for seed in (1, 2)]
+    outs = [process.communicate(timeout=60) for process in runs]
+    assert sorted(process.returncode for process in runs) == [0, 1], outs
+    assert sum("another run is at work in log" in err or "exists: " in err for _, err in outs) == 1
+    seed = 1 if runs[0].returncode == 0 else 2
+    assert load_checkpoint(tmp_path / "log" / "ckpt.pt")["train_config"]["seed"] == seed
