@@ -6,25 +6,11 @@ beside the lecture "Let's reproduce GPT-2 (124M)"; a tag such as [0:00] gives a 
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
 
 Shapes stand at line ends: B batch, T time (sequence length), S positions cached and new, C channels
-(n_embd), V vocabulary, nh heads, hs head size (C / nh). The path of a token: load_tokens (from text),
-DataLoaderLite (to batches), GPT.forward (to a loss), optimizer_step (to weights), train (the loop),
-GPT.generate (back to text).
+(n_embd), V vocabulary, nh heads, hs head size (C / nh). A token's path: load_tokens, DataLoaderLite,
+GPT.forward to the loss, optimizer_step, train, which is the loop, and GPT.generate back to text.
 """
-import argparse
-import codecs
-import difflib
-import functools
-import importlib.util
-import inspect
-import itertools
-import json
-import math
-import os
-import re
-import shutil
-import signal
-import sys
-import time
+import argparse, codecs, difflib, functools, importlib.util, inspect, itertools, json, math
+import os, re, shutil, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -35,10 +21,10 @@ IS_SCRIPT = __name__ == "__main__"
 if IS_SCRIPT:  # Ctrl-C while torch is imported: no stack trace
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
-# OpenMP's threads spin while they wait, and on a busy machine keep one another from working. It reads
-# these when torch is imported. Linux's: a step is SPIN_BUSY times as fast beside 3 programs, SPIN_IDLE alone.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS's and Windows', in ms (200 by default); not measured
+# OpenMP's threads spin while they wait, and so keep one another from working on a busy machine. Read when
+# torch is imported; a step beside 3 other programs is SPIN_BUSY times as fast, alone SPIN_IDLE.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # Linux
+os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; not measured
 
 import numpy as np
 import torch
@@ -226,8 +212,7 @@ class GPT(nn.Module):
         nats). With cache (one KVCache per layer): feed the prompt, then single tokens; logits (B, 1, V)."""
         T, block_size = idx.size(1), self.config.block_size
         past = cache[0].length if cache else 0  # positions in the cache
-        assert past + T <= block_size, f"{past} cached and {T} new tokens are over {block_size=}"
-        assert past == 0 or T == 1, f"after {past} cached tokens give one at a time, not {T}"
+        assert past + T <= block_size and (past == 0 or T == 1), f"{T} after {past} tokens, {block_size=}"
         pos = torch.arange(past, past + T, device=idx.device)  # (T)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
@@ -242,8 +227,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):  # [28:08]
-        """name: a GPT-2 model id or HuggingFace folder -> GPT with its weights, in their dtype.
-        Raises UserError for another architecture, or weights that are missing, odd or not finite."""
+        """name: a GPT-2 model id or HuggingFace folder -> GPT with its weights, in their dtype."""
         import transformers
         config = pretrained_config(name)
         with explain(f"cannot load the weights of {name}"):
@@ -314,8 +298,7 @@ class GPT(nn.Module):
                 probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
                 new = top_ids.gather(-1, torch.multinomial(probs, 1, generator=generator))  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
-            is_end = on_token is not None and on_token(new)
-            if is_end:
+            if on_token is not None and on_token(new):
                 break
         return idx
 
@@ -334,8 +317,7 @@ class GPT(nn.Module):
         if optimizer == "adamw":
             return torch.optim.AdamW(groups, **kwargs)
         muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 would overflow
-        groups.append(dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype))
-        muon = Muon(groups, **kwargs)
+        muon = Muon([*groups, dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype)], **kwargs)
         muon._step_supports_amp_scaling = False  # else an overflow skips AdamW's part alone
         return muon
 
@@ -587,7 +569,7 @@ class DataLoaderLite:  # [1:02:00]
         n = sum(map(len, shards))
         require(self.n_windows > 0, f"--data is too short: its {split} split has {n} tokens, and a window of "
                                     f"--sequence_length {T} takes {T + 1}")
-        self.get(range(0, self.n_windows, 1 + self.n_windows // 1000))  # a wrong vocabulary shows now
+        self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # a wrong vocabulary shows now
 
     @functools.lru_cache(maxsize=2)  # one shard's at a time: memory does not grow with the corpus
     def window_order(self, epoch, shard):
