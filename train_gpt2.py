@@ -6,11 +6,26 @@ beside the lecture "Let's reproduce GPT-2 (124M)"; a tag such as [0:00] gives a 
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
 
 Shapes stand at line ends: B batch, T time (sequence length), S positions cached and new, C channels
-(n_embd), V vocabulary, nh heads, hs head size (C / nh). A token's path: load_tokens, DataLoaderLite,
-GPT.forward to the loss, optimizer_step, train, which is the loop, and GPT.generate back to text.
+(n_embd), V vocabulary, nh heads, hs head size (C / nh).
+
+The path of a token: load_tokens (from text to ids), DataLoaderLite (to batches), GPT.forward (to a
+loss), optimizer_step (to new weights), train (the loop around these), GPT.generate (back to text).
 """
-import argparse, codecs, difflib, functools, importlib.util, inspect, itertools, json, math
-import os, re, shutil, signal, sys, time
+import argparse
+import codecs
+import difflib
+import functools
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -275,7 +290,7 @@ class GPT(nn.Module):
             for name, content in files.items():
                 (tmp / name).write_bytes(content)
 
-    @torch.no_grad()  # and without cuDNN's attention, which plans anew for each length
+    @torch.no_grad()  # and without cuDNN's attention, which re-plans for each length
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
         """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0; on_token
@@ -293,13 +308,18 @@ class GPT(nn.Module):
             if temperature < 1e-6:
                 new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
-                k = min(top_k or self.n_tokens, logits.size(-1))  # 0 or None: all
-                logits, top_ids = torch.topk(logits, k)  # (B, k)
-                probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
-                new = top_ids.gather(-1, torch.multinomial(probs, 1, generator=generator))  # (B, 1)
+                k = logits.size(-1)  # all tokens
+                if top_k:
+                    k = min(k, top_k)
+                top_logits, top_ids = torch.topk(logits, k)  # (B, k)
+                probs = F.softmax(top_logits / temperature, dim=-1)  # (B, k)
+                choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+                new = top_ids.gather(-1, choice)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
-            if on_token is not None and on_token(new):
-                break
+            if on_token is not None:
+                is_end = on_token(new)
+                if is_end:
+                    break
         return idx
 
     def configure_optimizers(self, optimizer, weight_decay, learning_rate, dtype=torch.float32):  # [2:14:55]
@@ -468,31 +488,39 @@ def tokenize(texts):
 def load_tokens(path, split):
     """path: as --data; split: val or train, the rest -> list of (N,) uint16 arrays. val is the last 10 %
     of the characters, of the documents or of a token file; in a folder of shards those that say so."""
-    (kind, files), is_folder = data_files(path), Path(path).is_dir()
+    kind, files = data_files(path)
+    is_folder = Path(path).is_dir()
     if kind == TOKENS and is_folder:
         by_split = {"train": [], "val": [], "test": []}
         for file in files:
             words = re.split("[^a-z]+", file.stem.lower())  # medieval is not val
-            is_val = "val" in words or "valid" in words or "validation" in words
-            by_split["val" if is_val else "test" if "test" in words else "train"].append(file)
+            if "val" in words or "valid" in words or "validation" in words:
+                by_split["val"].append(file)
+            elif "test" in words:
+                by_split["test"].append(file)
+            else:
+                by_split["train"].append(file)
         if split == "train" and by_split["test"]:
             print0("left out, as test data:", *(file.name for file in by_split["test"]))
         require(by_split[split], f"--data {path} has no shards for {split} (val's have val in the name)")
         return [open_shard(file) for file in by_split[split]]
-    if kind == TEXTS:
-        texts = [text for text, _ in read_texts(kind, files)]
+    if kind == TOKENS:
+        tokens = open_shard(files[0])
+        cut = int(0.9 * len(tokens))
+        return [tokens[:cut] if split == "train" else tokens[cut:]]
+
+    texts = [text for text, _ in read_texts(kind, files)]
+    if kind == DOCUMENTS:
+        cut = int(0.9 * len(texts))
+        texts = texts[:cut] if split == "train" else texts[cut:]
+    else:
         if not is_folder:
             texts[0] = texts[0].removeprefix(EOT_TEXT)  # nothing comes before a single text
         cut = int(0.9 * sum(map(len, texts)))
         for i, text in enumerate(texts):
-            texts[i] = text[:max(cut, 0)] if split == "train" else text[max(cut, 0):]
-            cut -= len(text)  # now from the beginning of the next one
-    else:
-        whole = open_shard(files[0]) if kind == TOKENS else [text for text, _ in read_texts(kind, files)]
-        cut = int(0.9 * len(whole))
-        texts = whole[:cut] if split == "train" else whole[cut:]
-        if kind == TOKENS:
-            return [texts]
+            here = max(cut, 0)  # the cut, counted from the beginning of this piece
+            texts[i] = text[:here] if split == "train" else text[here:]
+            cut -= len(text)
     bar = progress(tokenize((text, 0) for text in texts), total=len(texts), desc=f"tokenizing for {split}")
     return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]
 
@@ -573,8 +601,9 @@ class DataLoaderLite:  # [1:02:00]
 
     @functools.lru_cache(maxsize=2)  # one shard's at a time: memory does not grow with the corpus
     def window_order(self, epoch, shard):
-        """-> (first token of the shard's first window in this epoch, its windows, shuffled)."""
-        n, rng = self.shard_windows[shard], np.random.default_rng((self.seed, epoch, shard))
+        """-> (first token of the shard's first window in this epoch, the shuffled order of its windows)."""
+        n = self.shard_windows[shard]
+        rng = np.random.default_rng((self.seed, epoch, shard))
         left_over = len(self.shards[shard]) - 1 - n * self.T
         offset = rng.integers(min(left_over, self.T - 1) + 1)
         return offset, rng.permutation(np.arange(n, dtype=np.uint32))
@@ -583,19 +612,21 @@ class DataLoaderLite:  # [1:02:00]
         """positions: of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
         rows, last_epoch = [], None
         for position in positions:
-            epoch, i = divmod(position, self.n_windows)
+            epoch, i = divmod(position, self.n_windows)  # window i of the epoch
             if epoch != last_epoch:
-                last_epoch, shards = epoch, np.arange(len(self.shards))
+                last_epoch = epoch
+                shards = np.arange(len(self.shards))
                 if self.seed is not None:
                     np.random.default_rng((self.seed, epoch)).shuffle(shards)
-                ends = np.cumsum([self.shard_windows[shard] for shard in shards])  # in windows of the epoch
-            nth = np.searchsorted(ends, i, side="right")  # of the shards, the one with window i
+                ends = np.cumsum([self.shard_windows[shard] for shard in shards])  # last windows, plus 1
+            nth = np.searchsorted(ends, i, side="right")
             shard = int(shards[nth])
-            i, offset = i - int(ends[nth]) + self.shard_windows[shard], 0  # i: now of the shard's windows
+            window = i - int(ends[nth]) + self.shard_windows[shard]  # of the shard
+            offset = 0
             if self.seed is not None:
-                offset, windows = self.window_order(epoch, shard)
-                i = int(windows[i])
-            first = offset + self.T * i
+                offset, order = self.window_order(epoch, shard)
+                window = int(order[window])
+            first = offset + self.T * window
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
                 name = getattr(self.shards[shard], "filename", "--data")
@@ -616,7 +647,9 @@ class DataLoaderLite:  # [1:02:00]
 def evaluate(model, loader, eval_batches, autocast, device):
     """-> mean loss in nats of the first eval_batches batches of B, 0: of the whole split. There is no
     model.eval(): without dropout a model computes the same in training."""
-    n = min(loader.n_windows, eval_batches * loader.B) if eval_batches > 0 else loader.n_windows
+    n = loader.n_windows
+    if eval_batches > 0:
+        n = min(n, eval_batches * loader.B)
     loss_accum = 0.0
     for start in progress(range(loader.rank * loader.B, n, loader.world_size * loader.B), desc="evaluating"):
         x, y = loader.get(range(start, min(start + loader.B, n)))  # the last may be shorter
@@ -629,12 +662,17 @@ def read_hellaswag(path):
     """path: of hellaswag_val.jsonl, from the repository rowanz/hellaswag, or the like -> list of (tokens
     of the context, list of the endings' tokens, index of the right one)."""
     enc, examples = get_tokenizer(), []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").strip().split("\n"), 1):
+    with explain(f"cannot read --hellaswag {path} as UTF-8"):
+        lines = Path(path).read_text(encoding="utf-8-sig").strip().split("\n")
+    for number, line in enumerate(lines, 1):
         with explain(f"--hellaswag {path}:{number} has no ctx, endings and label"):
             example = json.loads(line)
+            ctx = enc.encode_ordinary(example["ctx"]) or [EOT]
             endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
-            label = range(len(endings)).index(int(example["label"]))
-            examples.append((enc.encode_ordinary(example["ctx"]) or [EOT], endings, label))
+            label = int(example["label"])
+            if label not in range(len(endings)):
+                raise ValueError(f"there is no ending {label}")
+            examples.append((ctx, endings, label))
     return examples
 
 @torch.no_grad()
@@ -700,9 +738,9 @@ IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
 
-# In process 0 alone: print, and a bar for what takes over 5 seconds.
+# In process 0 alone: print, and a bar for what takes over 5 seconds, if there is a terminal to see it.
 print0 = functools.partial(print, flush=True) if RANK == 0 else lambda *args, **kwargs: None
-progress = functools.partial(tqdm, delay=5, leave=False, disable=RANK > 0)
+progress = functools.partial(tqdm, delay=5, leave=False, disable=None if RANK == 0 else True)
 
 def sum_over_ranks(*values):
     """values: numbers of this process -> their sums over all processes."""
@@ -778,7 +816,8 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
         loss_accum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)  # [2:14:55]
+    max_norm = cfg.grad_clip if cfg.grad_clip > 0 else math.inf
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # [2:14:55]
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
     scaler.step(optimizer)  # skipped if float16 gradients overflowed
@@ -816,13 +855,14 @@ def restore(ckpt, optimizer, scaler, loader):
     step, n_windows = ckpt.get("step", 0), ckpt.get("n_windows", loader.n_windows)
     require(loader.n_windows == n_windows,
             f"--data has {loader.n_windows} windows, not the {n_windows} that the run began with")
-    steps, windows = sum_over_ranks(step, n_windows)
-    is_same = steps == WORLD_SIZE * step and windows == WORLD_SIZE * n_windows
-    require(is_same, "the processes read different checkpoints or data: share one --out_dir and --data")
+    sum_of_steps, sum_of_windows = sum_over_ranks(step, n_windows)
+    require(sum_of_steps == WORLD_SIZE * step, "the processes read different checkpoints: share --out_dir")
+    require(sum_of_windows == WORLD_SIZE * n_windows, "the processes read different data: share --data")
     if ckpt:
         loader.position = ckpt["position"]  # the order of the windows follows from it
         optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt.pop("optimizer")})
-        scaler.load_state_dict(ckpt["scaler"] or scaler.state_dict())  # {}: of a run that did not scale
+        if ckpt["scaler"]:  # {} if the run did not scale
+            scaler.load_state_dict(ckpt["scaler"])
     return step
 
 SIGNALS = []  # numbers of those that asked this process to stop
@@ -873,8 +913,7 @@ def save_run(cfg, step, start, is_end, model, optimizer, scaler, loader, log, er
         print0(f"{out_dir}/ holds {names}; model is step {best_step}'s{loss}")
 
 def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
-    """Trains raw_model up to cfg.max_steps updates, from ckpt on unless it is {}; leaves log.txt, ckpt.pt,
-    loss.png and model/ in cfg.out_dir -> (updates done, {file: why it could not be saved})."""
+    """Trains raw_model to cfg.max_steps updates, from ckpt on unless it is {} -> (updates done, errors)."""
     # ---- data, optimizer, precision ----
     B, T = cfg.batch_size, cfg.sequence_length
     grad_accum_steps = cfg.total_batch_size // (B * T * WORLD_SIZE)
@@ -886,7 +925,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     start = restore(ckpt, optimizer, scaler, loader)
-    lock = FileLock(f"{cfg.out_dir}/.lock", timeout=0, is_singleton=True)  # ends with its process, however
+    lock = FileLock(f"{cfg.out_dir}/.lock", timeout=0, is_singleton=True)  # dies with this process
     if RANK == 0:
         os.makedirs(cfg.out_dir, exist_ok=True)
         with explain(f"another run is at work in {cfg.out_dir}"):
@@ -899,7 +938,6 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         model = compile_model(raw_model, loader, autocast, device)
     if WORLD_SIZE > 1:  # [2:46:52]
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
     stop, errors = False, {}
     for step in range(start, cfg.max_steps + 1):  # step updates are done
         is_last, tokens = step == cfg.max_steps, loader.position * T
@@ -928,10 +966,10 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = optimizer_step(
             model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps)
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
-        loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))  # all stop together
+        loss, n_signals = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))
+        stop = n_signals > 0  # all processes together
         dt = time.perf_counter() - t0  # seconds
-        is_skipped = scaler.get_scale() > 1 and not math.isfinite(norm)  # float16 tries with half the scale
-        is_finite = math.isfinite(loss) and (math.isfinite(norm) or is_skipped)
+        is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)  # 1: not float16
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
 
         # ---- log ----
@@ -943,7 +981,6 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
             print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                    f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {m}m{s:02d}s left")
     lock.release()
-    Path(lock.lock_file).unlink(missing_ok=True)
     return step, errors
 
 
@@ -1025,7 +1062,8 @@ def choose_numbers(given, config, ckpt):
         numbers |= ckpt["train_config"]
         for name, why in FIXED.items():
             new = given.get(name, numbers[name])
-            require(new == numbers[name], f"cannot resume with --{name} {new} after {numbers[name]}: {why}")
+            require(new == numbers[name],
+                    f"cannot change --{name} from {numbers[name]} to {new} when resuming: {why}")
     else:
         recipe = "laptop"
         if given.get("init_from", numbers["init_from"]) == "pretrained":
@@ -1129,6 +1167,7 @@ def run(given):
         signal.signal(signal.SIGINT, stop_later)
         signal.signal(signal.SIGTERM, stop_later)
         step, errors = train(cfg, model.float(), ckpt, device, dtype)
+        (out_dir / ".lock").unlink(missing_ok=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for error in errors.values():
@@ -1136,7 +1175,8 @@ def run(given):
         if step < cfg.max_steps:
             how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
             print0(f"stopped at step {step}{how}")
-            sys.exit(128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM))  # a shell's code
+            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # another process got it
+            sys.exit(128 + number)  # a shell's code
     else:
         if cfg.hellaswag:
             evaluate_hellaswag(model, cfg.hellaswag)
@@ -1190,12 +1230,12 @@ def main(argv=None):  # [3:59:39]
     except KeyboardInterrupt:
         sys.exit(130)  # a shell's code for Ctrl-C
     except Exception as e:
-        hint = ""
+        sentence = (str(e) or repr(e)).splitlines()[0]
         if not isinstance(e, (UserError, OSError)):
             if not OUT_OF_MEMORY.search(repr(e)):
                 raise
-            hint = "halve --batch_size, or take a smaller --model: "
-        sys.exit(f"train_gpt2.py: error: {hint}{(str(e) or repr(e)).splitlines()[0]}")  # code 1
+            sentence = f"halve --batch_size, or take a smaller --model: {sentence}"
+        sys.exit(f"train_gpt2.py: error: {sentence}")  # code 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1221,7 +1261,8 @@ class FewRows(nn.Linear):
         blocks = W[:64 * n].view(n, 64, self.in_features)
         y = torch.bmm(rows.expand(n, *rows.shape), blocks.mT)  # (n, rows, 64)
         y = torch.cat((y.transpose(0, 1).flatten(1), rows @ W[64 * n:].t()), dim=1)  # (rows, out_features)
-        y = y if self.bias is None else y + self.bias
+        if self.bias is not None:
+            y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
 def faster_on_a_cpu(model):

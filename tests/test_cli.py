@@ -84,10 +84,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
 
     changes = {"--n_layer=3": "--n_layer 3 contradicts the model, a GPTConfig.*n_layer=2",
                "--max_steps=23": "--max_steps 23 in all, but the checkpoint has 24",
-               "--model=gpt2": "cannot resume with --model gpt2 after nano: the weights",
-               f"--optimizer={'muon' if optimizer == 'adamw' else 'adamw'}": f"after {optimizer}: its state",
-               "--seed=2": "cannot resume with --seed 2 after 1337: the order", "--no-shuffle": "False after True: the order",
-               "--sequence_length=8": "8 after 16: the place", "--overwrite": "True after False: it would delete"}
+               "--model=gpt2": "cannot change --model from nano to gpt2 when resuming: the weights",
+               f"--optimizer={'muon' if optimizer == 'adamw' else 'adamw'}": "when resuming: its state",
+               "--seed=2": "from 1337 to 2 when resuming: the order", "--no-shuffle": "from True to False when resuming: the order",
+               "--sequence_length=8": "from 16 to 8 when resuming: the place", "--overwrite": "from False to True when resuming: it would delete"}
     for flag, message in changes.items():
         with pytest.raises(UserError, match=message):
             train_gpt2.run(parse_flags(["--init_from=resume", "--out_dir=parts", flag]))
