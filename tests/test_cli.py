@@ -263,6 +263,16 @@ def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, capsys):
     assert re.search(r"no GPU found; torch's CUDA: (None|[\d.]+); an NVIDIA driver is present: install a CUDA build", out)
 
 
+def test_several_processes_without_cuda_run_on_the_cpu(monkeypatch, capsys):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 2)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, device_id: backends.append(backend))
+    backends = []
+    assert train_gpt2.start_process("auto").type == "cpu" and backends == ["gloo"]
+    with pytest.raises(UserError, match="--device meta cannot be used: several processes need CUDA or the CPU"):
+        train_gpt2.start_process("meta")
+
+
 def test_help_explains_every_knob(cli):
     out = " ".join(cli("--help").stdout.split())
     for flag in ("--model", "--n_embd", "--temperature", "--compile, --no-compile", "--top_k"):

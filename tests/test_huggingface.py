@@ -1,13 +1,17 @@
 """Models of transformers in and out."""
+import json
 import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
+import train_gpt2
+from conftest import exit_code
 from train_gpt2 import GPT, GPTConfig, UserError
 
 
@@ -52,7 +56,7 @@ def test_old_layout_with_masks_and_without_prefix(hf_model, tmp_path):
 
 
 @pytest.mark.parametrize("setting, value", [
-    ("activation_function", "relu"), ("n_inner", 50), ("layer_norm_epsilon", 1e-6), ("add_cross_attention", True),
+    ("activation_function", "relu"), ("activation_function", "gelu"), ("n_inner", 50), ("layer_norm_epsilon", 1e-6), ("add_cross_attention", True),
     ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True), ("tie_word_embeddings", False)])
 def test_other_architectures_are_refused_by_setting(hf_model, tmp_path, setting, value):
     hf_model(**{setting: value}).save_pretrained(tmp_path)
@@ -210,3 +214,99 @@ def test_weights_that_are_not_numbers_are_refused(hf_model, tmp_path):
     change_weights(tmp_path, lambda sd: sd["transformer.h.0.mlp.c_fc.bias"].fill_(torch.nan))
     with pytest.raises(UserError, match="transformer.h.0.mlp.c_fc.bias is not finite"):
         GPT.from_pretrained(tmp_path)
+
+
+# Tokenizers
+
+
+def swapped_vocabulary():
+    """GPT-2's vocabulary but for two words that change their numbers."""
+    vocabulary = json.loads(train_gpt2.VOCABULARY[1].read_text(encoding="utf-8"))
+    vocabulary["Ġweather"], vocabulary["Ġwhether"] = vocabulary["Ġwhether"], vocabulary["Ġweather"]
+    return json.dumps(vocabulary)
+
+
+def word_level():
+    from tokenizers import Tokenizer, models
+    return Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).to_str()
+
+
+GPT2_VOCAB, GPT2_MERGES = (path.read_text(encoding="utf-8") for path in reversed(train_gpt2.VOCABULARY))
+FOREIGN = {
+    "two words": {"vocab.json": swapped_vocabulary(), "merges.txt": GPT2_MERGES},
+    "merges": {"vocab.json": GPT2_VOCAB, "merges.txt": "\n".join(GPT2_MERGES.split("\n")[:20_000])},
+    "vocab.json alone": {"vocab.json": swapped_vocabulary()},
+    "merges.txt alone": {"merges.txt": "#version: 0.2\nĠ t\n"},
+    "tokenizer.json": {"tokenizer.json": word_level()},
+    "broken": {"tokenizer.json": "{"},
+    "vocab.txt": {"vocab.txt": "[UNK]\na\n"},
+    "sentencepiece": {"spiece.model": "x"},
+}
+TINY_FINETUNE = ("--init_from=pretrained --model=base --max_steps=2 --batch_size=2 --sequence_length=16 --total_batch_size=32 "
+                 "--no-compile --device=cpu --eval_every=2").split()
+
+
+@pytest.mark.parametrize("kind, vocab_size", [("tokenizer.json", 50265), *((kind, 50257) for kind in FOREIGN)])
+def test_a_model_with_another_tokenizer_takes_token_files_alone(hf_model, text, tmp_path, monkeypatch, capsys, kind, vocab_size):
+    monkeypatch.chdir(tmp_path)
+    hf_model(vocab_size=vocab_size).save_pretrained("base")
+    for name, content in FOREIGN[kind].items():
+        (tmp_path / "base" / name).write_text(content, encoding="utf-8")
+    np.save("tokens.npy", np.arange(2000, dtype=np.uint16))
+    for flags in ["--data", str(text), "--num_samples=0"], ["--data=tokens.npy"], ["--max_steps=0"]:
+        assert exit_code(*TINY_FINETUNE, *flags) == 1
+        assert "a text needs GPT-2's tokenizer" in capsys.readouterr().err
+    assert exit_code(*TINY_FINETUNE, "--data=tokens.npy", "--num_samples=0") == 0
+    exported = {path.name: path.read_bytes() for path in (tmp_path / "log" / "model").iterdir()}
+    for name, content in FOREIGN[kind].items():  # the tokenizer goes along, and is known again
+        assert exported[name] == content.encode()
+    assert len(exported) == 2 + len(FOREIGN[kind])
+    assert exit_code(*TINY_FINETUNE, "--model=log/model", "--data", text, "--out_dir=more") == 1
+    assert exit_code("--init_from=resume", "--max_steps=0", "--num_samples=1") == 1
+
+
+@pytest.mark.parametrize("files", [{}, {"vocab.json": GPT2_VOCAB, "merges.txt": GPT2_MERGES},
+                                   {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'}])
+def test_gpt2s_tokenizer_or_none_takes_texts(hf_model, text, tmp_path, monkeypatch, files):
+    monkeypatch.chdir(tmp_path)
+    hf_model(vocab_size=50257).save_pretrained("base")
+    for name, content in files.items():
+        (tmp_path / "base" / name).write_text(content, encoding="utf-8")
+    assert exit_code(*TINY_FINETUNE, "--data", text, "--num_samples=1", "--max_new_tokens=3") == 0
+    assert {"merges.txt", "vocab.json"} <= {path.name for path in (tmp_path / "log" / "model").iterdir()}
+
+
+@pytest.mark.parametrize("vocab_size", [50260, 50304])
+def test_every_trained_row_is_exported(hf_model, tmp_path, monkeypatch, vocab_size):
+    monkeypatch.chdir(tmp_path)
+    hf_model(vocab_size=vocab_size).save_pretrained("base")
+    np.save("tokens.npy", np.full(500, 50258, np.uint16))
+    assert exit_code(*TINY_FINETUNE, "--data=tokens.npy", "--num_samples=1", "--max_new_tokens=3") == 0
+    assert exit_code("--init_from=resume", "--max_steps=3", "--num_samples=0") == 0
+    before, after = (load_file(f"{name}/model.safetensors")["transformer.wte.weight"] for name in ("base", "log/model"))
+    assert before.shape == after.shape and not torch.equal(before[50258], after[50258])
+    assert not {"merges.txt", "vocab.json"} & {path.name for path in (tmp_path / "log" / "model").iterdir()}
+    assert exit_code(*TINY_FINETUNE, "--model=log/model", "--data=tokens.npy", "--num_samples=0", "--out_dir=more") == 0
+
+
+def test_our_own_padding_takes_no_other_tokens(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("tokens.npy", np.full(500, 50258, np.uint16))
+    flags = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--data=tokens.npy", "--max_steps=1", "--no-compile", "--device=cpu"]
+    assert exit_code(*flags) == 1 and "tokens.npy has token 50258, the model 50257" in capsys.readouterr().err
+
+
+def test_a_folder_named_like_a_model_id_is_said_to_be_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert exit_code("--init_from=pretrained", "--max_steps=0") == 1
+    assert "cannot load the local folder gpt2 as a GPT-2 model" in capsys.readouterr().err
+
+
+def test_a_model_with_an_odd_context_samples_and_finetunes(hf_model, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hf_model(vocab_size=50257, n_positions=19).save_pretrained("base")
+    flags = ["--init_from=pretrained", "--model=base", "--device=cpu", "--num_samples=1", "--max_new_tokens=30"]
+    assert exit_code(*flags, "--max_steps=0") == 0
+    assert exit_code(*flags, "--max_steps=2", "--data", text, "--no-compile", "--eval_batches=2") == 0
+    assert "sequence_length 19, total_batch_size 988" in capsys.readouterr().out
