@@ -460,15 +460,15 @@ def read_texts(kind, files, size=2**18):
                             text = (EOT_TEXT + json.loads(line)["text"]).encode("utf-16", "surrogatepass")
                             yield text.decode("utf-16", "replace"), len(line.encode())
                 continue
-            rest = EOT_TEXT
+            rest, not_in_file = EOT_TEXT, len(EOT_TEXT)
             while chunk := file.read(size):
                 if "\0" in chunk:
                     raise ValueError("it holds a NUL, as UTF-16 does")
                 rest += chunk
                 if cut := last_cut.match(rest):
-                    yield cut[0], len(cut[0].encode())
-                    rest = rest[cut.end():]
-            yield rest, len(rest.encode())
+                    yield cut[0], len(cut[0].encode()) - not_in_file
+                    rest, not_in_file = rest[cut.end():], 0
+            yield rest, len(rest.encode()) - not_in_file
 
 def encode(text):
     """-> (N,) uint16, the tokens of text, in which <|endoftext|> is one."""
@@ -555,11 +555,15 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     n_shards = filled = done = 0  # done: bytes
 
     def save():
+        nonlocal n_shards, filled
+        if filled == 0:
+            return
         path = folder / f"{split}_{n_shards:06d}.npy"
         with explain(f"cannot write {path}"), atomic_write(path) as tmp, open(tmp, "wb") as file:
             header = dict(descr="<u2", fortran_order=False, shape=(filled,))
             np.lib.format.write_array_header_1_0(file, header)
             file.write(shard[:filled])  # np.save would not say that the disk is full
+        n_shards, filled = n_shards + 1, 0
 
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
         for tokens, size in tokenize(read_texts(kind, files, min(2**18, 1 + n_bytes // 100))):
@@ -567,16 +571,15 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
             done += size
             if split == "train" and done > val_from:
                 save()
-                n_shards, filled, split = n_shards + 1, 0, "val"
+                split = "val"
             while len(tokens) > 0:
                 n = min(len(tokens), shard_size - filled)
                 shard[filled:filled + n] = tokens[:n]
                 tokens, filled = tokens[n:], filled + n
                 if filled == shard_size:
                     save()
-                    n_shards, filled = n_shards + 1, 0
         save()
-    print0(f"{folder}/ holds {n_shards + 1} shards: train on them with --data {folder}")
+    print0(f"{folder}/ holds {n_shards} shards: train on them with --data {folder}")
 
 class DataLoaderLite:  # [1:02:00]
     """Batches of windows of T tokens. An epoch reads each once, shards and windows shuffled, from
@@ -1120,7 +1123,9 @@ def run(given):
     given = {name: value for name, value in given.items() if not hasattr(GPTConfig, name)}
     settings = {**vars(TrainConfig()), **given}
     if settings["write_shards"]:
-        return write_shards(settings["data"], settings["write_shards"], settings["shard_size"])
+        if RANK == 0:
+            write_shards(settings["data"], settings["write_shards"], settings["shard_size"])
+        return
     check_start(settings)
     out_dir, ckpt = Path(settings["out_dir"]), {}
     # ---- the shape of the model, and the numbers that fit it ----

@@ -161,8 +161,8 @@ class Worker:
     """A process of this script that trains in one of the two ways, and waits while the other one is timed: each has the
     memory settings that its users have."""
 
-    def __init__(self, way, shape):
-        self.process = subprocess.Popen([sys.executable, __file__, "--worker", way, *map(str, shape)], text=True,
+    def __init__(self, way, shape, env=None):
+        self.process = subprocess.Popen([sys.executable, __file__, "--worker", way, *map(str, shape)], text=True, env=env,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def steps(self, n):
@@ -237,6 +237,41 @@ def bench_training(args):
                    f"{rate / peak:.0%} of {peak / 1e9:.0f} GFLOP/s")
 
 
+def bench_busy(args):
+    """A step of nano beside busy loops: with the GOMP_SPINCOUNT that train_gpt2 sets, and with libgomp's own."""
+    with_it = {**os.environ, "GOMP_SPINCOUNT": "1000"}
+    without = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for dtype in DTYPES:
+        workers = [Worker("ours", (str(dtype)[6:], 6, 6, 96, 16, 64), env) for env in (with_it, without)]
+        for w in workers:
+            w.steps(2)  # compiles
+        for n_loops in [0, 3] if args.quick else [0, 1, 3]:
+            loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_loops)]
+            rounds = [[w.steps(5)[0] for w in workers] for _ in range(3 if args.quick else 7)]
+            for loop in loops:
+                loop.kill()
+                loop.wait()
+            a, b = (statistics.median(column) for column in zip(*rounds))
+            yield (f"GOMP_SPINCOUNT=1000 (beside unset), nano beside {n_loops} busy loops, {str(dtype)[6:]}",
+                   f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", b / a, "")
+        for w in workers:
+            w.close()
+
+
+def bench_shards(args):
+    """write_shards beside tiktoken's encode_ordinary_batch alone, on the same text with as many threads."""
+    text = (ROOT / "input.txt").read_text()
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        pieces = [text[i:i + 2**18] for i in range(0, len(text), 2**18)] * (8 if args.quick else 40)
+        (Path(folder) / "a.txt").write_text("".join(pieces))
+        n, enc = iter(range(100)), train_gpt2.get_tokenizer()
+        a, b = alternate(lambda: train_gpt2.write_shards(f"{folder}/a.txt", f"{folder}/{next(n)}", 10**8),
+                         lambda: enc.encode_ordinary_batch(pieces, num_threads=os.cpu_count()), 1 if args.quick else 5)
+        size = os.path.getsize(f"{folder}/a.txt")
+    yield ("--write_shards (beside tiktoken's encode_ordinary_batch)", f"{size / a / 1e6:.1f} MB/s",
+           f"{size / b / 1e6:.1f} MB/s", b / a, "")
+
+
 def bench_tokenizing(args):
     from transformers import AutoTokenizer
     with tempfile.TemporaryDirectory() as folder:
@@ -308,7 +343,7 @@ def bench_ranks(args):
            f"{one:.0f} tok/s", two / one, "")
 
 
-BENCHES = {"training": bench_training, "sampling": bench_sampling, "loading": bench_loading,
+BENCHES = {"training": bench_training, "busy": bench_busy, "shards": bench_shards, "sampling": bench_sampling, "loading": bench_loading,
            "startup": bench_startup, "tokenizing": bench_tokenizing, "hellaswag": bench_hellaswag, "ranks": bench_ranks}
 
 

@@ -26,7 +26,7 @@ def test_a_run_from_start_to_samples(cli, text, tmp_path):
     first = [line.split(":")[0].split(",")[0] for line in done.stdout.splitlines()[:4]]
     assert first == ["device", "model", "the laptop recipe", "reading " + str(text)]
     assert done.stdout.startswith("device: cpu (as asked), processes: 1\n")
-    assert "max_lr 0.015" in done.stdout and "total_batch_size 64" in done.stdout
+    assert "vocab_size=50304" in done.stdout and "max_lr 0.015" in done.stdout and "total_batch_size 64" in done.stdout
     lines = [m for line in done.stdout.splitlines() if (m := STEP_LINE.fullmatch(line))]
     assert [(m[1], m[2]) for m in lines] == [(str(k), "4") for k in (1, 2, 3, 4)]
     records = [line.split() for line in (tmp_path / "log" / "log.txt").read_text().splitlines()]

@@ -223,6 +223,20 @@ def test_shards_of_a_text_train_like_the_text(tmp_path):
         assert torch.equal(from_text.next_batch()[0], from_shards.next_batch()[0])
 
 
+def test_the_last_tenth_is_one_of_bytes_also_of_many_small_texts(tmp_path):
+    folder = folder_of(tmp_path / "texts", **{f"{i:03d}__txt": "some words of text\n" for i in range(200)})
+    write_shards(folder, tmp_path / "shards", 10**6)
+    assert [len(tokens) for tokens in read_shards(tmp_path / "shards").values()] == [180 * 6, 20 * 6]
+
+
+@pytest.mark.parametrize("text", ["one", "one two three four"])
+def test_a_tiny_text_makes_no_empty_shard(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    write_shards(tmp_path / "a.txt", tmp_path / "shards", 10**6)
+    shards = [open_shard(path).tolist() for path in sorted((tmp_path / "shards").iterdir())]
+    assert all(shards) and sum(shards, []) == [train_gpt2.EOT] + get_tokenizer().encode(text)
+
+
 def test_shards_are_written_once_and_whole(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", ["some words"] * 1000)
     replace, n = os.replace, []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY_RUN
-from train_gpt2 import GPT, GPTConfig, UserError, evaluate_hellaswag, get_tokenizer
+from train_gpt2 import GPT, GPTConfig, UserError, evaluate_hellaswag, get_tokenizer, read_hellaswag
 
 
 def write(path, examples):
@@ -45,6 +45,7 @@ def test_acc_and_acc_norm_by_hand(tmp_path):
     assert score(*examples) == (2 / 4, 2 / 4)
     assert score(("It is good", ["bad", "good bad bad bad"], 1)) == (0, 1)  # the context's last token does not count
     assert score(("", ["bad", "good"], 1)) == (1, 1)  # after <|endoftext|>
+    assert read_hellaswag(tmp_path / "h.jsonl")[0][0] == [50256]
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "h.jsonl").read_bytes())
     assert evaluate_hellaswag(Uniformish(), tmp_path / "bom.jsonl") == (1, 1)
     assert score(examples[0], examples[2]) == (1, 0.5)
