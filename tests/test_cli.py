@@ -87,7 +87,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
                "--model=gpt2": "cannot change --model from nano to gpt2 when resuming: the weights",
                f"--optimizer={'muon' if optimizer == 'adamw' else 'adamw'}": "when resuming: its state",
                "--seed=2": "from 1337 to 2 when resuming: the order", "--no-shuffle": "from True to False when resuming: the order",
-               "--sequence_length=8": "from 16 to 8 when resuming: the place", "--overwrite": "from False to True when resuming: it would delete"}
+               "--sequence_length=8": "from 16 to 8 when resuming: the place", "--overwrite": "from False to True when resuming: it starts a new run"}
     for flag, message in changes.items():
         with pytest.raises(UserError, match=message):
             train_gpt2.run(parse_flags(["--init_from=resume", "--out_dir=parts", flag]))

@@ -256,6 +256,8 @@ def test_shards_are_written_once_and_whole(tmp_path, monkeypatch):
         load_tokens(tmp_path / "shards", "val")
     with pytest.raises(UserError, match="is not empty"):
         write_shards(tmp_path / "a.jsonl", tmp_path / "shards", 500)
+    with pytest.raises(UserError, match="--shard_size must be a number of at least 1, not 0"):
+        write_shards(tmp_path / "a.jsonl", tmp_path / "new", 0)
     with pytest.raises(UserError, match="holds tokens already"):
         write_shards(tmp_path / "shards", tmp_path / "new", 500)
 

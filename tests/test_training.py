@@ -109,7 +109,7 @@ def test_the_rate_never_rises_after_the_warm_up(given):
 
 @pytest.mark.parametrize("field, value", [
     ("batch_size", 0), ("sequence_length", -1), ("temperature", -0.1), ("temperature", math.nan), ("top_k", -1),
-    ("max_steps", -1), ("max_lr", math.inf), ("seed", -1), ("num_samples", -1), ("max_new_tokens", 0), ("shard_size", 0)])
+    ("max_steps", -1), ("max_lr", math.inf), ("seed", -1), ("num_samples", -1), ("max_new_tokens", 0)])
 def test_impossible_values(field, value):
     with pytest.raises(UserError, match=f"--{field} must be a number of at least [01], not {value}"):
         choose_numbers({field: value}, GPTConfig(), {})
