@@ -17,6 +17,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -37,7 +38,7 @@ if IS_SCRIPT:  # Ctrl-C while torch is imported: no stack trace
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 # OpenMP's threads spin while they wait, and on a busy machine take the cores from one another: let them
-# sleep sooner. A step is SPIN_BUSY times as fast beside 3 busy programs, SPIN_IDLE alone. Torch's import reads it.
+# sleep sooner. A step is SPIN_BUSY times as fast beside 3 busy programs, SPIN_IDLE alone. It reads them once.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # Linux
 os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; not measured
 
@@ -46,7 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -204,7 +205,8 @@ class GPT(nn.Module):
         self.n_tokens = config.vocab_size  # rows of wte that are tokens; what follows is padding
         if config.vocab_size == PADDED_VOCAB_SIZE:
             self.n_tokens = N_TOKENS
-        self.tokenizer_files = {}  # {name: bytes} of a tokenizer that is not GPT-2's
+        self.reads_texts = self.n_tokens >= N_TOKENS  # whether its tokens of a text are GPT-2's
+        self.tokenizer_files = {}  # {name: bytes} of a tokenizer that is not just GPT-2's
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -266,12 +268,13 @@ class GPT(nn.Module):
         model.load_state_dict(sd, strict=False, assign=True)  # assigning unties lm_head:
         model.lm_head.weight = model.transformer.wte.weight
         model.n_tokens = config.vocab_size  # no row is our padding
-        model.tokenizer_files = foreign_tokenizer(name)
+        model.reads_texts, model.tokenizer_files = read_tokenizer(name)
         return model
 
     @torch.no_grad()
-    def save_pretrained(self, folder):
-        """Writes model (unpadded) and tokenizer as HuggingFace does or, if it raises, nothing."""
+    def save_pretrained(self, folder, **notes):
+        """Writes model (unpadded), tokenizer and notes for the config as HuggingFace does or, if it raises,
+        nothing."""
         from safetensors.torch import save_file
         folder, c = Path(folder), self.config
         is_free = not os.path.lexists(folder) or (folder / "config.json").exists()
@@ -279,7 +282,7 @@ class GPT(nn.Module):
         config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=self.n_tokens,
             n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            dtype=str(self.lm_head.weight.dtype).removeprefix("torch."))
+            dtype=str(self.lm_head.weight.dtype).removeprefix("torch."), **notes)
         sd = {k: w.t().contiguous() if k.endswith(self.CONV1D) else w for k, w in self.state_dict().items()}
         sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]
         files = {"config.json": json.dumps(config, indent=2).encode(), **self.tokenizer_files}
@@ -419,21 +422,28 @@ def get_tokenizer():  # [33:31]
         return tiktoken.Encoding(
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
-def foreign_tokenizer(name):
-    """name: of a model -> {name: bytes}, its tokenizer's files; {} if it has none, or GPT-2's."""
+def read_tokenizer(name):
+    """name: of a model -> (whether its tokenizer, if it has one, gives the tokens of GPT-2's, {name: bytes}:
+    its files, unless it is just GPT-2's)."""
     import transformers
     folder = Path(transformers.utils.cached_file(name, "config.json")).parent
     enc, ids, text = get_tokenizer(), list(range(EOT)), "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
+    is_gpt2s = is_longer = False
     with suppress(Exception):  # what transformers cannot load is not GPT-2's
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         has_gpt2s_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
-        if has_gpt2s_tokens and tokenizer(text)["input_ids"] == enc.encode(text):
-            return {}
-    pattern = re.compile(r"(vocab|merges|tokenizer)\.|.*\.model$")
-    return {file.name: file.read_bytes() for file in folder.iterdir() if pattern.match(file.name)}
+        is_gpt2s = has_gpt2s_tokens and tokenizer(text)["input_ids"] == enc.encode(text)
+        is_longer = len(tokenizer) > N_TOKENS
+    names = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if names.match(file.name)}
+    has_tokenizer = any(re.match(r"vocab|merges|tokenizer\.|.*\.model$", name) for name in files)
+    if not has_tokenizer or (is_gpt2s and not is_longer):
+        return True, {}
+    return is_gpt2s, files
 
 TOKENS, DOCUMENTS, TEXTS = (".npy", ".bin"), (".jsonl", ".json"), (".txt",)  # kinds of data, by suffix
-PASSED_OVER = re.compile(r"\.|readme|licen[cs]e|.*\.(md|py|pkl|tmp)$", re.IGNORECASE)  # in a folder
+# What a folder may hold beside data:
+PASSED_OVER = re.compile(r"\.|(readme|licen[cs]e)(\.\w+)?$|.*\.(md|py|pkl|tmp)$", re.IGNORECASE)
 
 def data_files(path):
     """path: as --data -> (TOKENS, DOCUMENTS or TEXTS; its files in the order of their names)."""
@@ -451,29 +461,33 @@ def data_files(path):
                     "shards (.npy, .bin)")
 
 def read_texts(kind, files, size=2**18):
-    """Yields (text, its bytes in the file) for each document, or piece of about size characters of a text;
+    """Yields (text, its bytes in the file) for each document, or piece of about size bytes of a text;
     <|endoftext|> begins each document or text. A piece ends after a word and before a space or newline:
     there GPT-2's pattern cuts too, so the pieces' tokens are those of the whole."""
     last_cut = re.compile(r".*\S(?=[ \n])", re.DOTALL)
     for path in files:
-        with explain(f"cannot read {path} as UTF-8"), open(path, encoding="utf-8-sig") as file:
+        with explain(f"cannot read {path} as UTF-8"), open(path, "rb") as file:
             if kind == DOCUMENTS:
                 for number, line in enumerate(file, 1):
                     with explain(f"{path}:{number} is no JSON object with a text"):
                         if line.strip():
-                            text = EOT_TEXT + json.loads(line)["text"]
+                            text = EOT_TEXT + json.loads(line.decode("utf-8-sig"))["text"]
                             utf16 = text.encode("utf-16", "surrogatepass")  # JSON may hold half a pair
-                            yield utf16.decode("utf-16", "replace"), len(line.encode())
+                            yield utf16.decode("utf-16", "replace"), len(line)
                 continue
-            rest, not_in_file = EOT_TEXT, len(EOT_TEXT)
+            decoder = codecs.getincrementaldecoder("utf-8-sig")()
+            decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
+            rest, n_bytes = EOT_TEXT, 0
             while chunk := file.read(size):
-                if "\0" in chunk:
+                text = decoder.decode(chunk)
+                if "\0" in text:
                     raise ValueError("it holds a NUL, as UTF-16 does")
-                rest += chunk
+                rest += text
+                n_bytes += len(chunk)
                 if cut := last_cut.match(rest):
-                    yield cut[0], len(cut[0].encode()) - not_in_file
-                    rest, not_in_file = rest[cut.end():], 0
-            yield rest, len(rest.encode()) - not_in_file
+                    yield cut[0], n_bytes
+                    rest, n_bytes = rest[cut.end():], 0
+            yield rest + decoder.decode(b"", final=True), n_bytes
 
 def encode(text):
     """-> (N,) uint16, the tokens of text, in which <|endoftext|> is one."""
@@ -554,7 +568,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     (kind, files), folder = data_files(data), Path(folder)
     names = os.listdir(folder) if folder.exists() else []
     require(kind != TOKENS, f"--data {data} holds tokens already")
-    require(all(map(PASSED_OVER.match, names)), f"--write_shards {folder} is not empty: take another folder")
+    require(all(map(PASSED_OVER.match, names)), f"--write_shards {folder} is not empty")
     n_bytes = sum(file.stat().st_size for file in files)
     val_from = n_bytes - min(n_bytes // 10, shard_size)  # no more tokens than bytes: they fit one shard
     shard, split = np.empty(shard_size, np.uint16), "train"
@@ -575,7 +589,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
         for tokens, size in tokenize(read_texts(kind, files, min(2**18, 1 + n_bytes // 100))):
             bar.update(size)
             done += size
-            if split == "train" and done > val_from:
+            if split == "train" and done > val_from and done > size:  # not the first piece
                 save()
                 split = "val"
             while len(tokens) > 0:
@@ -584,6 +598,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
                 tokens, filled = tokens[n:], filled + n
                 if filled == shard_size:
                     save()
+        require(split == "val", f"--data {data} is in one piece: there is nothing to cut off for validation")
         save()
     print0(f"{folder}/ holds {n_shards} shards: train on them with --data {folder}")
 
@@ -854,7 +869,8 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
     with atomic_write(path) as tmp:
         torch.save(dict(
             step=step, position=loader.position, n_windows=loader.n_windows, log=log,
-            config=vars(model.config), n_tokens=model.n_tokens, tokenizer_files=model.tokenizer_files,
+            config=vars(model.config), n_tokens=model.n_tokens, reads_texts=model.reads_texts,
+            tokenizer_files=model.tokenizer_files,
             train_config=vars(cfg), scaler=scaler.state_dict(), model=model.state_dict(),
             optimizer=optimizer.state_dict()["state"]), tmp)  # not rates and decays, which are flags
 
@@ -899,10 +915,16 @@ def save_run(cfg, step, start, is_end, model, optimizer, scaler, loader, log, er
 
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
     writers["log.txt"] = lambda path: path.write_text("".join(lines))  # all: a full disk may have cut it
-    val_losses = {k: value for (k, stream), (value, _) in log.items() if stream == "val" and k > 0}
-    best_step = min(val_losses, key=val_losses.get, default=step)  # without any the last
-    if best_step == step and (val_losses or is_end):
-        writers["model"] = model.save_pretrained
+    saved = {}  # what model/ says of itself: a killed run may have left it
+    with suppress(OSError, ValueError):
+        saved = json.loads((out_dir / "model" / "config.json").read_text())
+    best = {"step": saved.get("step"), "val_loss": saved.get("val_loss", math.inf)}
+    if (step, "val") in log and log[step, "val"][0] < best["val_loss"]:
+        best = {"step": step, "val_loss": log[step, "val"][0]}
+    elif is_end and math.isinf(best["val_loss"]):  # nothing was measured: the last weights
+        best = {"step": step}
+    if best["step"] == step:
+        writers["model"] = lambda path: model.save_pretrained(path, **best)
     if is_due and step > start and cfg.save_every > 0:
         writers["ckpt.pt"] = lambda path: save_checkpoint(
             path, step, model, optimizer, scaler, loader, cfg, log)
@@ -918,9 +940,9 @@ def save_run(cfg, step, start, is_end, model, optimizer, scaler, loader, log, er
             print0("warning:", errors[name])
     if is_end:
         names = ", ".join(sorted(path.name for path in out_dir.iterdir() if path.name[0] != "."))
-        loss = f", validation loss {val_losses[best_step]:.4f}" if val_losses else ""
-        best = "" if "model" in errors else f"; model is step {best_step}'s{loss}"
-        print0(f"{out_dir}/ holds {names}{best}")
+        loss = f", validation loss {best['val_loss']:.4f}" if "val_loss" in best else ""
+        kept = "" if "model" in errors else f"; model is step {best['step']}'s{loss}"
+        print0(f"{out_dir}/ holds {names}{kept}")
 
 def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     """Trains raw_model to cfg.max_steps updates, from ckpt on unless it is {} -> (updates done, errors)."""
@@ -935,11 +957,6 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     start = restore(ckpt, optimizer, scaler, loader)
-    lock = FileLock(f"{cfg.out_dir}/.lock", timeout=0, is_singleton=True)  # ends with the process
-    if RANK == 0:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        with explain(f"another run is at work in {cfg.out_dir}"):
-            lock.acquire()
     log = ckpt.get("log", {})  # {(step, stream): (value, tokens seen)}, the lines of log.txt
 
     # ---- model trains; raw_model, which it wraps, evaluates (lengths vary), samples and is saved ----
@@ -949,6 +966,9 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     if WORLD_SIZE > 1:  # [2:46:52]
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     stop, errors = False, {}
+    SIGNALS.clear()
+    signal.signal(signal.SIGINT, stop_later)
+    signal.signal(signal.SIGTERM, stop_later)
     for step in range(start, cfg.max_steps + 1):  # step updates are done
         is_last, tokens = step == cfg.max_steps, loader.position * T
 
@@ -990,7 +1010,6 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
             m, s = divmod(round(dt * (cfg.max_steps - step - 1)), 60)  # left
             print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                    f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {m}m{s:02d}s left")
-    lock.release()
     return step, errors
 
 
@@ -1033,22 +1052,17 @@ def atomic_write(path):
 
 def check_start(settings):
     """settings: dict, the fields of TrainConfig. Raises UserError, before anything is lost, if a file is
-    missing, if the run would overwrite another, or if it is one of several without torchrun."""
-    for size, rank in dict(WORLD_SIZE="RANK", SLURM_NTASKS="SLURM_PROCID", PMI_SIZE="PMI_RANK",
-                           OMPI_COMM_WORLD_SIZE="OMPI_COMM_WORLD_RANK").items():
-        if rank in os.environ and not IN_TORCHRUN:  # each process would train alone
-            n = os.environ.get(size, "1")
-            require(n == "1", f"{size} is {n}: start several processes with torchrun, or unset it")
+    missing or the run would overwrite another."""
     will_train = settings["max_steps"] > 0
     out_dir = Path(settings["out_dir"])
-    is_new = will_train and settings["init_from"] != "resume"
-    for name in ["data", "hellaswag"] if is_new else ["hellaswag"]:
+    for name in ["data", "hellaswag"] if will_train else ["hellaswag"]:
         exists = not settings[name] or Path(settings[name]).exists()
         require(exists, f"--{name} {settings[name]} does not exist")
     if settings["hellaswag"]:
         read_hellaswag(settings["hellaswag"])  # a broken line shows now
+    is_new = will_train and settings["init_from"] != "resume" and not settings["overwrite"]
     for path in out_dir / "ckpt.pt", out_dir / "log.txt", out_dir / "model":
-        is_free = not is_new or settings["overwrite"] or not path.exists()
+        is_free = not is_new or not path.exists()
         require(is_free, f"{path} exists: --init_from resume, --overwrite, or another --out_dir")
     model = out_dir / "model"
     is_free = not os.path.lexists(model) or (not model.is_symlink() and (model / "config.json").exists())
@@ -1117,38 +1131,54 @@ def choose_numbers(given, config, ckpt):
         raise UserError(problems[0] + (f" (from {source}: {', '.join(others)})" if others else ""))
     return TrainConfig(**numbers), source
 
-def check_vocabulary(cfg, model):
-    """Raises UserError if a text is for a model with another tokenizer, or another tokenizer's tokens are
-    for one with GPT-2's."""
-    data, is_gpt2s = Path(cfg.data), model.n_tokens >= N_TOKENS and not model.tokenizer_files
-    has_text = cfg.max_steps > 0 and data_files(data)[0] != TOKENS
-    if (has_text or cfg.num_samples > 0 or cfg.hellaswag) and not is_gpt2s:
-        found = ", ".join(model.tokenizer_files) or f"vocab_size {model.n_tokens}"
-        raise UserError(f"a text needs GPT-2's tokenizer, of vocab_size {N_TOKENS}; {cfg.model} has another "
-                        f"({found}): give token files as --data, and --num_samples 0")
-    meta = (data if data.is_dir() else data.parent) / "meta.pkl"  # nanoGPT's, beside characters as tokens
-    if cfg.max_steps > 0 and not has_text and meta.exists() and is_gpt2s:
-        raise UserError(f"{meta} says that these are not GPT-2's tokens: give their number, as in "
-                        "--vocab_size 65 --num_samples 0")
-
 def run(given):
-    """Makes the model, trains it, samples. given: dict of flags, fields of TrainConfig and GPTConfig."""
+    """given: dict of flags, fields of TrainConfig and GPTConfig. Does what they say, keeping other runs
+    out of --out_dir."""
+    for size, rank in dict(WORLD_SIZE="RANK", SLURM_NTASKS="SLURM_PROCID", PMI_SIZE="PMI_RANK",
+                           OMPI_COMM_WORLD_SIZE="OMPI_COMM_WORLD_RANK").items():
+        if rank in os.environ and not IN_TORCHRUN:  # each process would take itself for the only one
+            n = os.environ.get(size, "1")
+            require(n == "1", f"{size} is {n}: start several processes with torchrun, or unset it")
     shape = {name: value for name, value in given.items() if hasattr(GPTConfig, name)}
     given = {name: value for name, value in given.items() if not hasattr(GPTConfig, name)}
     settings = {**vars(TrainConfig()), **given}
+    out_dir = Path(settings["out_dir"])
     if settings["write_shards"]:
         if RANK == 0:
             write_shards(settings["data"], settings["write_shards"], settings["shard_size"])
         return
-    check_start(settings)
+    if RANK > 0 or settings["max_steps"] == 0:  # writes nothing
+        return run_alone(given, shape, settings)
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out_dir / ".lock")  # ends with this process, however that ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise UserError(f"another run is at work in {out_dir}") from e
+    try:
+        run_alone(given, shape, settings)
+    finally:
+        with suppress(OSError):
+            (out_dir / ".lock").unlink()
+            out_dir.rmdir()  # if the run left nothing
+        lock.release()
+
+def run_alone(given, shape, settings):
+    """Makes the model, trains it, samples. given, settings: dict of TrainConfig's fields, those that are
+    flags and all; shape: dict of GPTConfig's fields that are flags."""
     out_dir, ckpt = Path(settings["out_dir"]), {}
     # ---- the shape of the model, and the numbers that fit it ----
     if settings["init_from"] == "resume":
         with explain(f"cannot resume from {out_dir / 'ckpt.pt'} with this version"):
             ckpt = torch.load(out_dir / "ckpt.pt", map_location="cpu", weights_only=True)  # runs no code
-            config = GPTConfig(**ckpt["config"])
+            GPTConfig(**ckpt["config"])
             ckpt["train_config"] = vars(TrainConfig(**{**ckpt["train_config"], "out_dir": str(out_dir)}))
+            settings = {**ckpt["train_config"], **given}
             print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
+    check_start(settings)
+    if ckpt:
+        config = GPTConfig(**ckpt["config"])
     elif settings["init_from"] == "pretrained":
         config = pretrained_config(given.get("model", RECIPES["finetune"]["model"]))
     elif settings["model"] in MODELS:
@@ -1170,7 +1200,15 @@ def run(given):
     if ckpt:
         model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
         model.n_tokens, model.tokenizer_files = ckpt["n_tokens"], ckpt["tokenizer_files"]
-    check_vocabulary(cfg, model)
+        model.reads_texts = ckpt["reads_texts"]
+    kind = data_files(cfg.data)[0] if cfg.max_steps > 0 else TOKENS
+    is_text = kind != TOKENS or cfg.num_samples > 0 or cfg.hellaswag
+    require(model.reads_texts or not is_text, f"a text needs GPT-2's tokenizer, {cfg.model} has another: "
+            "give token files as --data, and --num_samples 0")
+    meta = Path(cfg.data) / "meta.pkl" if Path(cfg.data).is_dir() else Path(cfg.data).with_name("meta.pkl")
+    is_nanogpts = cfg.max_steps > 0 and kind == TOKENS and meta.exists()  # characters, and how many
+    require(not is_nanogpts or model.n_tokens != N_TOKENS, f"{meta} says that these are not GPT-2's tokens: "
+            "give their number, as in --vocab_size 65 --num_samples 0")
     n = sum(p.numel() for p in model.parameters())
     print0(f"model: {cfg.model}, {n:,} parameters, {model.config}, products in {dtype}")
     model.to(device)
@@ -1181,12 +1219,7 @@ def run(given):
     if cfg.max_steps > 0:
         names = "optimizer max_lr warmup_steps max_steps batch_size sequence_length total_batch_size"
         print0(f"{source}:", ", ".join(f"{name} {getattr(cfg, name)}" for name in names.split()))
-        SIGNALS.clear()
-        signal.signal(signal.SIGINT, stop_later)
-        signal.signal(signal.SIGTERM, stop_later)
         step, errors = train(cfg, model.float(), ckpt, device, dtype)
-        if RANK == 0:
-            (out_dir / ".lock").unlink(missing_ok=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         require(not errors, next(iter(errors.values()), ""))

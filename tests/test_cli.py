@@ -1,7 +1,9 @@
 """The program as a user meets it: runs, files, bad input."""
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,7 +124,7 @@ def test_a_vocabulary_that_is_not_gpt2s_trains_on_its_own_tokens(tmp_path, cli):
     assert done.returncode == 0 and done.stdout.count("val loss") == 3 and "--- sample" not in done.stdout, done.stderr
     assert GPT.from_pretrained(tmp_path / "log" / "model").config.vocab_size == 300
     done = cli("--init_from=resume", "--max_steps=0", "--num_samples=1")
-    assert done.returncode == 1 and "a text needs GPT-2's tokenizer, of vocab_size 50257" in done.stderr
+    assert done.returncode == 1 and "a text needs GPT-2's tokenizer, nano has another" in done.stderr
     done = cli(*TINY_RUN, "--data=train.npy", "--num_samples=0", "--vocab_size=60000", "--out_dir=more", "--max_steps=1")
     assert done.returncode == 0  # and all of its rows are exported
     assert GPT.from_pretrained(tmp_path / "more" / "model").config.vocab_size == 60000
@@ -157,7 +159,7 @@ BAD_INPUT = [
     (["--hellaswag=short.txt"], "--hellaswag short.txt:1 has no ctx, endings and label"),
     (["--total_batch_size=1000"], "1000 is not a multiple of --batch_size 4 x --sequence_length 16 x 1 processes"),
     (["--sequence_length=64", "--total_batch_size=256"], "--sequence_length 64 is over the model's block_size 32"),
-    (["--vocab_size=300"], "a text needs GPT-2's tokenizer, of vocab_size 50257; nano has another (vocab_size 300)"),
+    (["--vocab_size=300"], "a text needs GPT-2's tokenizer, nano has another"),
     (["--vocab_size=300", "--num_samples=0"], "a text needs GPT-2's tokenizer"),
     (["--vocab_size=60", "--num_samples=0", "--data=char"], "train.bin has token 64, the model 60 (--vocab_size)"),
     (["--out_dir=empty.txt"], "empty.txt"),
@@ -355,6 +357,17 @@ def test_a_model_folder_of_someone_else_is_seen_before_training(hf_model, text, 
     assert len(list(Path("log/model").iterdir())) == (1 if kind == "folder" else 3)
 
 
+def test_a_hellaswag_file_that_is_gone_is_missed_before_training_goes_on(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "h.jsonl", made_examples(2))
+    assert exit_code(*TINY_RUN, "--data", text, "--hellaswag=h.jsonl", "--num_samples=0") == 0
+    (tmp_path / "h.jsonl").unlink()
+    capsys.readouterr()
+    assert exit_code("--init_from=resume", "--max_steps=8") == 1
+    out, err = capsys.readouterr()
+    assert "--hellaswag h.jsonl does not exist" in err and "loss" not in out
+
+
 def test_hellaswag_is_scored_at_the_end_also_without_evaluation(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "h.jsonl", made_examples(3))
@@ -415,6 +428,19 @@ def test_an_overfitting_run_keeps_its_best_weights(tmp_path, monkeypatch, capsys
     before = Path("log/model/model.safetensors").read_bytes()
     assert exit_code("--init_from=resume", "--max_steps=70") == 0  # knows the best so far
     assert Path("log/model/model.safetensors").read_bytes() == before
+    config = json.loads(Path("log/model/config.json").read_text())
+    assert (config["step"], config["val_loss"]) == (best, pytest.approx(val[best], abs=1e-5))
+
+    config["val_loss"] = 1.0  # as if a killed run had got further than its checkpoint, and better
+    Path("log/model/config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert exit_code("--init_from=resume", "--max_steps=80") == 0
+    assert f"model is step {best}'s, validation loss 1.0000" in capsys.readouterr().out
+    shutil.rmtree("log/model")
+    assert exit_code("--init_from=resume", "--max_steps=90") == 0  # there is a model again
+    out = capsys.readouterr().out
+    step = json.loads(Path("log/model/config.json").read_text())["step"]
+    assert 80 <= step <= 90 and f"model is step {step}'s" in out
 
 
 def test_each_record_keeps_its_tokens(text, tmp_path, monkeypatch):

@@ -229,7 +229,22 @@ def test_the_last_tenth_is_one_of_bytes_also_of_many_small_texts(tmp_path):
     assert [len(tokens) for tokens in read_shards(tmp_path / "shards").values()] == [180 * 6, 20 * 6]
 
 
-@pytest.mark.parametrize("text", ["one", "one two three four"])
+def test_the_last_tenth_is_one_of_bytes_also_of_a_text_from_windows(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"hi you\r\n" * 4000)
+    write_shards(tmp_path / "a.txt", tmp_path / "shards", 10**6)
+    train, val = read_shards(tmp_path / "shards").values()
+    assert train + val == [train_gpt2.EOT] + get_tokenizer().encode("hi you\n" * 4000) and 0.09 < len(val) / len(train) < 0.13
+
+
+@pytest.mark.parametrize("name, text", [("a.txt", "one"), ("a.txt", ""), ("a.txt", "x" * 10_000), ("a.jsonl", '{"text": "one two"}')])
+def test_what_cannot_be_cut_makes_no_shards(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"--data .*{name} is in one piece"):
+        write_shards(tmp_path / name, tmp_path / "shards", 10**6)
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("text", ["one two three four", "a b c d e f"])
 def test_a_tiny_text_makes_no_empty_shard(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     write_shards(tmp_path / "a.txt", tmp_path / "shards", 10**6)

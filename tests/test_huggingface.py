@@ -276,6 +276,19 @@ def test_gpt2s_tokenizer_or_none_takes_texts(hf_model, text, tmp_path, monkeypat
     assert {"merges.txt", "vocab.json"} <= {path.name for path in (tmp_path / "log" / "model").iterdir()}
 
 
+def test_gpt2s_tokenizer_with_more_tokens_takes_texts_and_goes_along(hf_model, text, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer, pipeline
+    monkeypatch.chdir(tmp_path)
+    GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=50257)).save_pretrained("gpt2s")
+    tokenizer = AutoTokenizer.from_pretrained("gpt2s")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    hf_model(vocab_size=50258).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    assert exit_code(*TINY_FINETUNE, "--data", text, "--num_samples=1", "--max_new_tokens=3") == 0
+    assert AutoTokenizer.from_pretrained("log/model").pad_token == "<pad>"
+    assert pipeline("text-generation", "log/model")("Hello", max_new_tokens=3)[0]["generated_text"]
+
+
 @pytest.mark.parametrize("vocab_size", [50260, 50304])
 def test_every_trained_row_is_exported(hf_model, tmp_path, monkeypatch, vocab_size):
     monkeypatch.chdir(tmp_path)

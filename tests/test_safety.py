@@ -257,6 +257,18 @@ def test_two_runs_in_one_folder(start, cli, text, tmp_path):
     assert cli(*TINY_RUN, "--data", text, "--overwrite", "--max_steps=1").returncode == 0  # the lock died with it
 
 
+def test_a_run_holds_its_folder_while_it_reads_the_data(start, cli, text, tmp_path):
+    """Or a second one could come and go in the meantime, and lose its files to the first."""
+    os.mkfifo(tmp_path / "slow.txt")
+    first = start("--data=slow.txt", "--max_steps=2", "--num_samples=0")
+    while not (tmp_path / "log" / ".lock").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    done = cli(*TINY_RUN, "--data", text)
+    assert done.returncode == 1 and "another run is at work in log" in done.stderr
+    first.kill()
+
+
 def test_two_runs_started_at_once(start, tmp_path):
     runs = [start("--max_steps=30", f"--seed={seed}", "--num_samples=0") for seed in (1, 2)]
     outs = [process.communicate(timeout=60) for process in runs]
