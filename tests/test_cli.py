@@ -329,6 +329,14 @@ def test_variables_left_over_from_other_programs(cli, text, environment, refused
     assert (f"{refused}: start several processes with torchrun" in done.stderr) if refused else "1/1 | val loss" in done.stdout
 
 
+def test_one_process_writes_the_shards(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for rank in 1, 0:
+        monkeypatch.setattr(train_gpt2, "RANK", rank)
+        assert exit_code("--data", text, "--write_shards=shards") == 0
+        assert Path("shards").exists() == (rank == 0)
+
+
 def test_an_earlier_run_without_a_checkpoint_is_not_overwritten(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [*TINY_RUN, "--data", text, "--save_every=0", "--num_samples=0"]

@@ -168,6 +168,11 @@ def test_a_sequence_is_no_longer_than_the_model_unless_a_flag_says_so():
         choose_numbers(dict(sequence_length=65, total_batch_size=65 * 16), NANO_SHAPE, {})
 
 
+def test_a_given_sequence_length_leaves_the_total_alone():
+    cfg, _ = choose_numbers(dict(sequence_length=32), GPTConfig(block_size=50), {})  # 50 would not divide 1024
+    assert (cfg.sequence_length, cfg.total_batch_size) == (32, 1024)
+
+
 def test_a_contradiction_says_what_is_from_the_recipe():
     with pytest.raises(UserError, match=r"524288 is not a multiple of --batch_size 12 x --sequence_length 1024 x 1 "
                                         r"processes \(from the lecture recipe: total_batch_size, sequence_length\)"):
