@@ -547,7 +547,7 @@ def test_a_float16_run_resumes_with_its_scale(text, tmp_path, monkeypatch):
 def test_threads_sleep_soon_unless_the_user_says_otherwise():
     code = "import os, sys, train_gpt2; print(os.environ['GOMP_SPINCOUNT'], os.environ['KMP_BLOCKTIME'])"
     environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")}
-    for given, expected in ({}, "4000 1"), ({"GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "9"}, "7 9"):
+    for given, expected in ({}, "10000 1"), ({"GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "9"}, "7 9"):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**environment, **given}, capture_output=True, text=True)
         assert done.stdout.strip() == expected
     source = (ROOT / "train_gpt2.py").read_text()
