@@ -435,7 +435,8 @@ def read_tokenizer(name):
     its files, unless it is just GPT-2's)."""
     import transformers
     folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-    enc, ids, text = get_tokenizer(), list(range(EOT)), "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
+    enc = get_tokenizer()
+    ids, text = list(range(EOT)), "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
     is_gpt2s = is_longer = False
     with suppress(Exception):  # what transformers cannot load is not GPT-2's
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -1180,18 +1181,16 @@ def run_alone(given, shape, settings):
     if settings["init_from"] == "resume":
         with explain(f"cannot resume from {out_dir / 'ckpt.pt'} with this version"):
             ckpt = torch.load(out_dir / "ckpt.pt", map_location="cpu", weights_only=True)  # runs no code
-            GPTConfig(**ckpt["config"])
+            config = GPTConfig(**ckpt["config"])
             ckpt["train_config"] = vars(TrainConfig(**{**ckpt["train_config"], "out_dir": str(out_dir)}))
             settings = {**ckpt["train_config"], **given}
             print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
     check_start(settings)
-    if ckpt:
-        config = GPTConfig(**ckpt["config"])
-    elif settings["init_from"] == "pretrained":
+    if settings["init_from"] == "pretrained":
         config = pretrained_config(given.get("model", RECIPES["finetune"]["model"]))
-    elif settings["model"] in MODELS:
+    elif settings["init_from"] == "scratch" and settings["model"] in MODELS:
         config = GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[settings["model"]], **shape})
-    else:
+    elif settings["init_from"] == "scratch":
         raise UserError(f"--model {settings['model']} is not one of {', '.join(MODELS)}; for a "
                         "HuggingFace id or folder add --init_from pretrained")
     for name, value in shape.items():
