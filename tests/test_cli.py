@@ -27,7 +27,7 @@ def test_a_run_from_start_to_samples(cli, text, tmp_path):
     assert done.returncode == 0, done.stderr
     first = [line.split(":")[0].split(",")[0] for line in done.stdout.splitlines()[:4]]
     assert first == ["device", "model", "the laptop recipe", "reading " + str(text)]
-    assert done.stdout.startswith("device: cpu (as asked), processes: 1\n")
+    assert done.stdout.startswith("device: cpu, processes: 1\n")
     assert "vocab_size=50304" in done.stdout and "max_lr 0.015" in done.stdout and "total_batch_size 64" in done.stdout
     lines = [m for line in done.stdout.splitlines() if (m := STEP_LINE.fullmatch(line))]
     assert [(m[1], m[2]) for m in lines] == [(str(k), "4") for k in (1, 2, 3, 4)]
@@ -163,8 +163,7 @@ BAD_INPUT = [
     (["--vocab_size=300", "--num_samples=0"], "a text needs GPT-2's tokenizer"),
     (["--vocab_size=60", "--num_samples=0", "--data=char"], "train.bin has token 64, the model 60 (--vocab_size)"),
     (["--out_dir=empty.txt"], "empty.txt"),
-    (["--init_from=pretrained"], "cannot load 'gpt2', no local folder, as a GPT-2 model"),
-    (["--init_from=pretrained", "--model=folder", "--data=no.txt"], "no.txt does not exist"),  # before any model
+    (["--init_from=pretrained"], "cannot load 'gpt2' (not a local folder) as a GPT-2 model"),
     (["--init_from=pretrained", "--model=folder"], "cannot load the local folder folder as"),
     (["--init_from=pretrained", "--model=nobody/nothing"], "nobody/nothing"),
     (["--init_from=pretrained", "--model=./nofolder"], "./nofolder"),
@@ -262,7 +261,7 @@ def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, capsys):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
     assert train_gpt2.start_process("auto").type == "cpu"
     out = capsys.readouterr().out
-    assert re.search(r"no GPU found; torch's CUDA: (None|[\d.]+); an NVIDIA driver is present: install a CUDA build", out)
+    assert re.search(r"device: cpu, processes: 1; an NVIDIA driver is present, torch's CUDA is (None|[\d.]+)", out)
 
 
 def test_several_processes_without_cuda_run_on_the_cpu(monkeypatch, capsys):
@@ -361,7 +360,7 @@ def test_a_model_folder_of_someone_else_is_seen_before_training(hf_model, text, 
         Path("log/model").symlink_to(tmp_path / "elsewhere")
     assert exit_code(*TINY_RUN, "--data", text, "--overwrite") == 1
     out, err = capsys.readouterr()
-    assert "log/model exists and is no model" in err and "loss" not in out
+    assert "log/model exists and is not a model" in err and "loss" not in out
     assert len(list(Path("log/model").iterdir())) == (1 if kind == "folder" else 3)
 
 

@@ -204,7 +204,7 @@ def test_saving_takes_nothing_elses_place(tmp_path):
     (tmp_path / "diary").mkdir()
     (tmp_path / "diary" / "monday.txt").write_text("")
     for name in "file", "diary":
-        with pytest.raises(UserError, match=f"{name} exists and is no model"):
+        with pytest.raises(UserError, match=f"{name} exists and is not a model"):
             model.save_pretrained(tmp_path / name)
     assert (tmp_path / "diary" / "monday.txt").exists()
 
@@ -309,6 +309,14 @@ def test_our_own_padding_takes_no_other_tokens(tmp_path, monkeypatch, capsys):
     assert exit_code(*flags) == 1 and "tokens.npy has token 50258, the model 50257" in capsys.readouterr().err
 
 
+def test_missing_data_is_missed_before_the_weights_are_loaded(hf_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hf_model(vocab_size=50257).save_pretrained("base")
+    monkeypatch.setattr(GPT, "from_pretrained", lambda name: pytest.fail("loaded the weights"))
+    assert exit_code("--init_from=pretrained", "--model=base", "--data=no.txt") == 1
+    assert "--data no.txt does not exist" in capsys.readouterr().err and not (tmp_path / "log").exists()
+
+
 def test_a_folder_named_like_a_model_id_is_said_to_be_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
@@ -322,4 +330,4 @@ def test_a_model_with_an_odd_context_samples_and_finetunes(hf_model, text, tmp_p
     flags = ["--init_from=pretrained", "--model=base", "--device=cpu", "--num_samples=1", "--max_new_tokens=30"]
     assert exit_code(*flags, "--max_steps=0") == 0
     assert exit_code(*flags, "--max_steps=2", "--data", text, "--no-compile", "--eval_batches=2") == 0
-    assert "sequence_length 19, total_batch_size 988" in capsys.readouterr().out
+    assert "sequence_length 16, total_batch_size 1024" in capsys.readouterr().out

@@ -237,7 +237,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
         tmp.mkdir()
         (tmp / "a").write_text("a")
         (tmp / "b").write_text("b")
-    assert calls == ["fsync", "fsync", "replace"]
+    assert calls == ["fsync", "fsync", "replace", "replace"]  # the old folder steps aside, the new one in
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["a", "b"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
