@@ -5,7 +5,7 @@ beside the lecture "Let's reproduce GPT-2 (124M)"; a tag such as [0:00] is a cha
     python train_gpt2.py                                                     train a laptop model
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
 
-Shapes stand at line ends: B batch, T time (sequence length), S positions cached and new, C channels
+Shapes stand at line ends: B batch, T time (sequence length), S cached plus new positions, C channels
 (n_embd), V vocabulary, nh heads, hs head size (C / nh).
 
 The path of a token: load_tokens (from text to ids), DataLoaderLite (to batches), GPT.forward (to a
@@ -38,7 +38,7 @@ if IS_SCRIPT:  # no stack trace for Ctrl-C while torch is being imported
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 # Let OpenMP's waiting threads sleep sooner, and so leave the cores to others; before torch is imported.
-# Beside three busy programs a step of nano is 1.8 times as fast, alone 2 % slower (bfloat16, two AMX cores).
+# Beside three busy programs a step of nano is 1.8 times as fast, alone 2% slower (bfloat16, two AMX cores).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # Linux
 os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; not measured
 
@@ -98,10 +98,10 @@ class TrainConfig:
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 34  # batches in a validation loss, over all processes; 34: input.txt's; 0: all
+    eval_batches: int = 36  # batches in a validation loss, over all processes; 36: all of input.txt's; 0: all
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
-    log_every: int = 25  # steps between lines of the console and log.txt; 0: none
+    log_every: int = 25  # steps between training losses in the console and log.txt; 0: none
 
     prompt: str = "ROMEO:\n"  # text the samples continue; \n is a newline; empty: <|endoftext|>
     num_samples: int = 3  # samples at the end; 0: none, and no short ones before
@@ -152,7 +152,7 @@ class KVCache:
 
 class CausalSelfAttention(nn.Module):
     """Every position looks at itself and those before. x: (B, T, C) -> (B, T, C)."""
-    attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18] flash; on a CPU section 8's
+    attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18] flash; section 8 replaces it
 
     def __init__(self, config):
         super().__init__()
@@ -203,8 +203,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
-        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # all rows of wte but the padding
-        self.reads_texts = self.n_tokens >= N_TOKENS  # GPT-2's tokens? from_pretrained knows more
+        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # ids in use; other rows of wte pad
+        self.reads_texts = self.n_tokens >= N_TOKENS  # are texts for GPT-2's tokenizer? from_pretrained asks
         self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -240,7 +240,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # No logits beside the loss: a compiled step would keep them, and a gradient of their size.
+        # Not the logits too: a compiled step would keep them as an output, and a gradient of their size.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -263,7 +263,7 @@ class GPT(nn.Module):
             w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
             sd[k] = w.clone(memory_format=torch.contiguous_format)  # w may be a view of the mapped file
             require(w.sum(dtype=torch.float32).isfinite(), f"{name}: {k} is not finite")
-        model.load_state_dict(sd, strict=False, assign=True)  # assigning unties lm_head:
+        model.load_state_dict(sd, strict=False, assign=True)  # sd has no lm_head; it is wte:
         model.lm_head.weight = model.transformer.wte.weight
         model.n_tokens = config.vocab_size  # no row is our padding
         model.reads_texts, model.tokenizer_files = read_tokenizer(name)
@@ -294,7 +294,7 @@ class GPT(nn.Module):
                 shutil.copy(VOCABULARY[1], tmp / "vocab.json")
 
     @torch.no_grad()
-    # All but cuDNN's attention, which plans anew for each length:
+    # All but cuDNN's attention, which makes a new plan for each length:
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
         """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. on_token
@@ -339,7 +339,7 @@ class GPT(nn.Module):
             return torch.optim.AdamW(groups, **kwargs)
         muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 is too coarse
         muon = Muon([*groups, dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype)], **kwargs)
-        muon._step_supports_amp_scaling = False  # else it skips only fused AdamW's part of an overflow
+        muon._step_supports_amp_scaling = False  # else an overflow would skip only AdamW's part
         return muon
 
 def pretrained_config(name):  # [3:39]
@@ -355,12 +355,12 @@ def pretrained_config(name):  # [3:39]
                 scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False],
                 add_cross_attention=[False], tie_word_embeddings=[True]).items():
             value = getattr(hf, setting, None)
-            require(value in values, f"{name} has {setting}={value!r}, this GPT has {values[0]!r}")
+            require(value in values, f"{name} has {setting}={value!r}, but this GPT needs {values[0]!r}")
     return GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for groups with muon, a dtype: a matrix moves by its averaged gradient
-    made orthogonal. AdamW (Loshchilov & Hutter 2019) for the others."""
+    """Muon (Jordan et al. 2024) for groups with an entry muon, a dtype: a matrix moves by its averaged
+    gradient made orthogonal. AdamW (Loshchilov & Hutter 2019) for the others."""
 
     @torch.no_grad()
     def step(self):
@@ -389,8 +389,8 @@ class Muon(torch.optim.AdamW):
 
 def orthogonal(x, dtype=torch.float32):
     """x: (n, rows, columns) -> the same singular vectors with singular values near 1, computed in dtype.
-    Newton-Schulz: an odd polynomial of a matrix is the polynomial of its singular values; five rounds of
-    Jordan's drive all of them near 1, with matrix products alone."""
+    Newton-Schulz: an odd polynomial of a matrix acts on its singular values alone; five rounds of Jordan's
+    bring them all near 1, with nothing but matrix products."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
     is_tall = x.size(1) > x.size(2)
     x = x.mT.to(dtype) if is_tall else x.to(dtype)  # fewer rows make smaller products
@@ -430,16 +430,17 @@ def read_tokenizer(name):
     with suppress(Exception):  # what transformers cannot load is not GPT-2's
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # may download its files
         same_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
-        is_gpt2s = same_tokens and tokenizer(text)["input_ids"] == enc.encode(text)  # cuts a text alike
+        is_gpt2s = same_tokens and tokenizer(text)["input_ids"] == enc.encode(text)  # splits a text alike
     folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-    names = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
-    files = {file.name: file.read_bytes() for file in folder.iterdir() if names.match(file.name)}
-    has_vocabulary = any(re.match(r"vocab|merges|tokenizer\.|.*\.model$", name) for name in files)
-    return (is_gpt2s, files) if has_vocabulary else (True, {})
+    pattern = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if pattern.match(file.name)}
+    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # no vocabulary
+    return (is_gpt2s, files) if files.keys() - settings else (True, {})
 
 TOKENS, DOCUMENTS, TEXTS = "tokens", "documents", "texts"  # kinds of data, by suffix:
 KINDS = {".npy": TOKENS, ".bin": TOKENS, ".jsonl": DOCUMENTS, ".json": DOCUMENTS, ".txt": TEXTS}
-PASSED_OVER = re.compile(r"(?i)\.|(readme|licen[cs]e)(\.\w+)?$|.*\.(md|py|pkl|tmp)$")  # not data
+# Files in a folder that are not data: hidden ones, readmes, licenses, code.
+PASSED_OVER = re.compile(r"(?i)\.|(readme|licen[cs]e)(\.\w+)?$|.*\.(md|py|pkl|tmp)$")
 CUT = r"\S(?=[ \n])"  # where a long text is cut: GPT-2's pattern splits there too, so no token changes
 
 def data_files(path):
@@ -458,7 +459,7 @@ def data_files(path):
 def read_texts(kind, files, size=2**18):
     """Yields (text, bytes read so far) for each document, or piece of about size bytes of a text;
     <|endoftext|> begins each document or text."""
-    n_bytes, half_pairs = 0, re.compile("[\ud800-\udfff]")  # halves of UTF-16 pairs, which JSON may hold
+    n_bytes, surrogates = 0, re.compile("[\ud800-\udfff]")  # lone surrogates, which JSON may hold
     for path in files:
         with explain(f"cannot read {path} as UTF-8"), open(path, "rb") as file:
             if kind == DOCUMENTS:
@@ -466,7 +467,7 @@ def read_texts(kind, files, size=2**18):
                     with explain(f"{path}:{number} is not a JSON object with a text"):
                         if line.strip():
                             text = json.loads(line.decode("utf-8-sig"))["text"]
-                            yield EOT_TEXT + half_pairs.sub("\ufffd", text), n_bytes + file.tell()
+                            yield EOT_TEXT + surrogates.sub("\ufffd", text), n_bytes + file.tell()
             else:
                 rest, decoder = EOT_TEXT, codecs.getincrementaldecoder("utf-8-sig")()
                 while chunk := file.read(size):
@@ -494,7 +495,7 @@ def tokenize(texts):
             yield from zip(pool.map(encode, [text for text, _ in batch]), [n_bytes for _, n_bytes in batch])
 
 def load_tokens(path, split):
-    """path: as --data; split: "train" or "val" -> list of (N,) uint16 arrays. val is the last 10 % of the
+    """path: as --data; split: "train" or "val" -> list of (N,) uint16 arrays. val is the last 10% of the
     characters, documents or tokens; in a folder of shards, the files with the word val in their names."""
     kind, files = data_files(path)
     is_folder, is_train = Path(path).is_dir(), split == "train"
@@ -509,12 +510,14 @@ def load_tokens(path, split):
         return [open_shard(file) for file in files]
     data = open_shard(files[0]) if kind == TOKENS else [text for text, _ in read_texts(kind, files)]
     if kind == TEXTS:
-        data = "".join(data).removeprefix("" if is_folder else EOT_TEXT)  # none before a single text
+        data = "".join(data).removeprefix("" if is_folder else EOT_TEXT)  # a single text has none in front
     cut = int(0.9 * len(data))  # tokens, documents or characters
     data = data[:cut] if is_train else data[cut:]
     if kind == TOKENS:
         return [data]
-    texts = re.findall(f"(?s).{{262144,}}?{CUT}|.+", data) if kind == TEXTS else data  # pieces
+    texts = data
+    if kind == TEXTS:
+        texts = re.findall(f"(?s).{{262144,}}?{CUT}|.+", data)  # pieces of 2**18 characters, up to a CUT
     bar = progress(tokenize((text, 0) for text in texts), total=len(texts), desc=f"tokenizing for {split}")
     return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]
 
@@ -544,7 +547,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     is_free = all(PASSED_OVER.match(file.name) for file in folder.glob("*"))
     require(is_free, f"--write_shards {folder} is not empty")
     n_bytes = sum(file.stat().st_size for file in files)
-    val_from = n_bytes - min(n_bytes // 10, shard_size)
+    val_from = n_bytes - min(n_bytes // 10, shard_size)  # a token has at least one byte
     waiting, split, paths = bytearray(), "train", []  # the tokens, 2 bytes each, that are in no shard yet
 
     def save():  # the next shard: all that is waiting, up to shard_size tokens
@@ -559,7 +562,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
 
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
         for tokens, n_read in tokenize(read_texts(kind, files, min(2**18, 1 + n_bytes // 100))):
-            if split == "train" and n_read > val_from and waiting:  # the first piece is train's
+            if split == "train" and n_read > val_from and waiting:  # train gets at least the first piece
                 save()
                 split = "val"
             waiting += tokens.tobytes()
@@ -580,9 +583,9 @@ class DataLoaderLite:  # [1:02:00]
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         sizes = np.array([len(tokens) for tokens in shards])
-        max_offset = 0 if seed is None else T - 1
+        max_offset = 0 if seed is None else T - 1  # window_order draws the offset of the first window
         n = (sizes - 1 - max_offset) // T  # windows that fit at any offset; the last token is only a target
-        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # in an epoch; (shards)
+        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # in an epoch; 1 if no offset is left
         self.n_windows = int(self.shard_windows.sum())
         require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
                 f"and a window of --sequence_length {T} takes {T + 1}")
@@ -595,7 +598,7 @@ class DataLoaderLite:  # [1:02:00]
         if self.seed is None:
             return 0, range(n)
         rng = np.random.default_rng((self.seed, epoch, shard))
-        left_over = len(self.shards[shard]) - 1 - n * self.T
+        left_over = len(self.shards[shard]) - 1 - n * self.T  # tokens outside the windows
         offset = rng.integers(min(left_over, self.T - 1) + 1)
         return offset, rng.permutation(np.arange(n, dtype=np.uint32))
 
@@ -607,11 +610,11 @@ class DataLoaderLite:  # [1:02:00]
             shards = np.arange(len(self.shards))
             if self.seed is not None:
                 np.random.default_rng((self.seed, epoch)).shuffle(shards)
-            ends = np.cumsum(self.shard_windows[shards])
-            nth = np.searchsorted(ends, i, side="right")  # the epoch's nth shard holds window i
+            ends = np.cumsum(self.shard_windows[shards])  # windows up to each shard's end
+            nth = np.searchsorted(ends, i, side="right")  # the nth of these shards holds window i
             shard = int(shards[nth])
             offset, order = self.window_order(epoch, shard)
-            window = int(order[i - ends[nth]])  # -n to -1: an index from the end of order
+            window = int(order[i - (ends[nth] - len(order))])  # less the windows of the shards before
             first = offset + self.T * window
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
@@ -652,7 +655,7 @@ def read_hellaswag(path):
             example = json.loads(line)
             ctx = enc.encode_ordinary(example["ctx"]) or [EOT]
             endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
-            label = range(len(endings)).index(int(example["label"]))  # raises if it is none
+            label = range(len(endings)).index(int(example["label"]))  # raises if it is out of range
             examples.append((ctx, endings, label))
     return examples
 
@@ -828,11 +831,11 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
 
 def restore(ckpt, optimizer, scaler, loader):
     """Restores the state in ckpt ({} at the start of a run) -> the number of updates done. Raises UserError
-    if the data is not the run's, or if processes disagree: else a sum is WORLD_SIZE times each one's own."""
+    if the data has another number of windows, or if the processes disagree."""
     step, n = ckpt.get("step", 0), loader.n_windows
     before = ckpt.get("n_windows", n)
     require(n == before, f"--data has {n} windows, not the {before} that the run began with")
-    sum_of_steps, sum_of_windows = sum_over_ranks(step, n)
+    sum_of_steps, sum_of_windows = sum_over_ranks(step, n)  # WORLD_SIZE times one's own, if all agree
     require(sum_of_steps == WORLD_SIZE * step, "the processes read different checkpoints: share --out_dir")
     require(sum_of_windows == WORLD_SIZE * n, "the processes read different data: share --data")
     if ckpt:
@@ -865,14 +868,16 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
             old.unlink()
         shutil.rmtree(out_dir / "model", ignore_errors=True)
 
+    # log.txt is written after each step, and in full: a full disk may have cut it.
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # all: a full disk may have cut it
-    best = {}  # step and val_loss of model/, the best so far; read there, as it may be newer than ckpt.pt
+    writers = {"log.txt": lambda path: path.write_text("".join(lines))}
+    best = {}  # step and val_loss in model/config.json; the log may be older, if a run was killed
     with suppress(OSError, ValueError):
         best = json.loads((out_dir / "model" / "config.json").read_text())
     best_loss = best.get("val_loss", math.inf)
     val_loss, _ = log.get((step, "val"), (math.inf, 0))
-    if val_loss < best_loss or (is_end and best_loss == math.inf):  # none was measured: the last weights
+    # A new best or, if no validation loss was measured at all, the last weights:
+    if val_loss < best_loss or (is_end and best_loss == math.inf):
         best = dict(step=step, val_loss=val_loss) if val_loss < math.inf else dict(step=step)
         writers["model"] = lambda path: model.save_pretrained(path, **best)
     if is_due and cfg.save_every > 0:
@@ -935,7 +940,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
             log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
 
-        # ---- save the update of the previous round; so the last one is saved too ----
+        # ---- save the previous round's update (there is one round more than updates) ----
         if step > start or is_last:
             save_run(step, is_last or stop, raw_model, optimizer, scaler, loader, cfg, log)
         if is_last or stop:
@@ -949,7 +954,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))
         dt = time.perf_counter() - t0  # seconds
-        # A float16 overflow skips the update and halves the scale: go on while it is over 1 (1 if unused).
+        # Only a float16 overflow is harmless: the scaler (scale > 1) skips the update and halves its scale.
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
 
@@ -957,7 +962,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         should_log = cfg.log_every > 0 and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps)
         if should_log:
             log[step + 1, "train"] = loss, loader.position * T
-        if should_log or (step == start and cfg.log_every > 0):  # the first line shows the time left
+        if should_log or (step == start and cfg.log_every > 0):  # an early line, for the time left
             m, s = divmod(round(dt * (cfg.max_steps - step - 1)), 60)  # left
             print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                    f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {m}m{s:02d}s left")
@@ -971,7 +976,7 @@ def require(is_so, sentence):
     if not is_so:
         raise UserError(sentence)
 
-OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|overflowed")  # in an exception's repr
+OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|overflowed")  # "size calculation overflowed"
 
 @contextmanager
 def explain(doing):
@@ -1004,7 +1009,7 @@ def atomic_write(path):
 # others may change: more steps, other rates, batches of another size, another number of processes.
 FIXED = {
     "model": "the weights have its shape",
-    "optimizer": "its state is of no use to the other",
+    "optimizer": "the other cannot use its state",
     "seed": "the order of the windows follows from it",
     "shuffle": "the order of the windows follows from it",
     "sequence_length": "the place in the data counts windows of this length",
@@ -1048,8 +1053,8 @@ def choose_numbers(given, config, ckpt):
             require(T <= block_size, f"--sequence_length {T} is over the model's block_size {block_size}")
             require(total % (B * T * WORLD_SIZE) == 0, f"--total_batch_size {total} is not a multiple of "
                     f"--batch_size {B} x --sequence_length {T} x {WORLD_SIZE} processes")
-    except UserError as e:  # add where the numbers it names come from, if not from flags
-        others = [name for name in re.findall(r"--(\w+)", str(e)) if name in vars(cfg).keys() - given]
+    except UserError as e:  # say where those flags have their values from that the user did not give
+        others = [name for name in re.findall(r"--(\w+)", str(e)) if name in vars(cfg) and name not in given]
         raise UserError(f"{e} (from {source}: {', '.join(others)})" if others else str(e)) from e
     return cfg, source
 
@@ -1077,10 +1082,11 @@ def run(given):
     try:
         model = out_dir / "model"
         old = next(filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.txt", model)), None)
-        is_free = old is None or settings["init_from"] == "resume" or settings["overwrite"]
-        require(is_free, f"{old} exists: --init_from resume, --overwrite, or another --out_dir")
-        is_free = not os.path.lexists(model) or (not model.is_symlink() and (model / "config.json").exists())
-        require(is_free, f"{model} exists and is not a model: take another --out_dir")
+        may_start = old is None or settings["init_from"] == "resume" or settings["overwrite"]
+        require(may_start, f"{old} exists: --init_from resume, --overwrite, or another --out_dir")
+        is_model = not model.is_symlink() and (model / "config.json").exists()  # save_run will replace it
+        require(is_model or not os.path.lexists(model), f"{model} exists and is not a model: take another "
+                "--out_dir")
         run_in(given, out_dir)
     finally:
         with suppress(OSError):
@@ -1114,7 +1120,7 @@ def run_in(given, out_dir):
 
     if cfg.hellaswag:
         read_hellaswag(cfg.hellaswag)  # a broken file shows now
-    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (TOKENS, [])  # reads none
+    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (TOKENS, [])  # only samples
 
     # ---- the model ----
     device = start_process(cfg.device)
@@ -1222,7 +1228,7 @@ def plain_attention(q, k, v, is_causal):
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
-    """nn.Linear for up to 15 rows of float32, as in sampling, 64 rows of W at a time: x 1.58."""
+    """nn.Linear for up to 15 rows of float32, as in sampling; W in blocks of 64 outputs: x 1.58."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)

@@ -252,6 +252,15 @@ def test_a_tiny_text_makes_no_empty_shard(tmp_path, text):
     assert all(shards) and sum(shards, []) == [train_gpt2.EOT] + get_tokenizer().encode(text)
 
 
+@pytest.mark.parametrize("shard_size", range(1, 14))
+def test_shards_of_any_size_lose_no_token(tmp_path, shard_size):
+    (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten")
+    write_shards(tmp_path / "a.txt", tmp_path / "shards", shard_size)
+    shards = [open_shard(path).tolist() for path in sorted((tmp_path / "shards").iterdir(), key=lambda p: p.stem[-6:])]
+    assert sum(shards, []) == [train_gpt2.EOT] + get_tokenizer().encode("one two three four five six seven eight nine ten")
+    assert max(map(len, shards)) <= shard_size
+
+
 def test_shards_are_written_once_and_whole(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", ["some words"] * 1000)
     replace, n = os.replace, []
@@ -315,6 +324,7 @@ def test_an_epoch_holds_every_window_once(n_tokens):
         assert torch.equal(starts.sort().values, offset + 8 * torch.arange(loader.n_windows))
         assert starts.max() + 8 < n_tokens  # the last target is there
     assert len(offsets) == min(8, n_tokens - 8) or len(offsets) > 5
+    assert max(offsets) < 8
     if n_tokens == 1000:
         assert loader.n_windows == 124
         assert not torch.equal(epoch_starts(loader, 0).argsort(), epoch_starts(loader, 1).argsort())

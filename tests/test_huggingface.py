@@ -287,6 +287,9 @@ def test_gpt2s_tokenizer_with_more_tokens_takes_texts_and_goes_along(hf_model, t
     assert exit_code(*TINY_FINETUNE, "--data", text, "--num_samples=1", "--max_new_tokens=3") == 0
     assert AutoTokenizer.from_pretrained("log/model").pad_token == "<pad>"
     assert pipeline("text-generation", "log/model")("Hello", max_new_tokens=3)[0]["generated_text"]
+    shutil.rmtree("log/model")
+    assert exit_code("--init_from=resume", "--max_steps=3", "--num_samples=0") == 0
+    assert AutoTokenizer.from_pretrained("log/model").pad_token == "<pad>"
 
 
 @pytest.mark.parametrize("vocab_size", [50260, 50304])

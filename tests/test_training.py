@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt2
-from conftest import NANO, exit_code, load_checkpoint
+from conftest import NANO, ROOT, exit_code, load_checkpoint
 from train_gpt2 import (ADAMW_LR, MODELS, RECIPES, DataLoaderLite, GPT, GPTConfig, TrainConfig, UserError, choose_numbers,
                         evaluate, get_lr, optimizer_step)
 
@@ -92,6 +92,12 @@ def test_evaluate_is_the_mean_over_all_windows(make):
     assert evaluate(model, loader, 10**6, nullcontext(), CPU) == pytest.approx(expected, rel=1e-6)
     assert evaluate(model, loader, 2, nullcontext(), CPU) == pytest.approx(model(x[:8], y[:8])[1].item(), rel=1e-6)
     assert loader.position == position  # training goes on where it was
+
+
+def test_the_default_validation_loss_covers_input_txt_and_no_more():
+    cfg = TrainConfig()
+    n_windows = DataLoaderLite(train_gpt2.load_tokens(ROOT / "input.txt", "val"), 16, cfg.sequence_length).n_windows
+    assert (cfg.eval_batches - 1) * cfg.batch_size < n_windows <= cfg.eval_batches * cfg.batch_size
 
 
 def test_the_end_of_the_cosine_is_a_tenth_unless_given():
