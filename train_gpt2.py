@@ -37,7 +37,7 @@ IS_SCRIPT = __name__ == "__main__"
 if IS_SCRIPT:  # no stack trace for Ctrl-C while torch is being imported
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
-# Let OpenMP's waiting threads sleep sooner, and so leave the cores to others; before torch is imported.
+# Let OpenMP's waiting threads sleep sooner and leave the cores to others. Must be set before importing torch.
 # Beside three busy programs a step of nano is 1.8 times as fast, alone 2% slower (bfloat16, two AMX cores).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # Linux
 os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; not measured
@@ -203,8 +203,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
-        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # ids in use; other rows of wte pad
-        self.reads_texts = self.n_tokens >= N_TOKENS  # are texts for GPT-2's tokenizer? from_pretrained asks
+        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # ids in use; then comes padding
+        self.reads_texts = self.n_tokens >= N_TOKENS  # GPT-2's tokenizer fits; from_pretrained checks
         self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -359,7 +359,7 @@ def pretrained_config(name):  # [3:39]
     return GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for groups with an entry muon, a dtype: a matrix moves by its averaged
+    """Muon (Jordan et al. 2024) for groups with a "muon" entry, a dtype: a matrix moves by its averaged
     gradient made orthogonal. AdamW (Loshchilov & Hutter 2019) for the others."""
 
     @torch.no_grad()
@@ -389,8 +389,8 @@ class Muon(torch.optim.AdamW):
 
 def orthogonal(x, dtype=torch.float32):
     """x: (n, rows, columns) -> the same singular vectors with singular values near 1, computed in dtype.
-    Newton-Schulz: an odd polynomial of a matrix acts on its singular values alone; five rounds of Jordan's
-    bring them all near 1, with nothing but matrix products."""
+    Newton-Schulz: an odd polynomial of a matrix acts on its singular values alone; five rounds with
+    Jordan's coefficients bring them all near 1, with nothing but matrix products."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
     is_tall = x.size(1) > x.size(2)
     x = x.mT.to(dtype) if is_tall else x.to(dtype)  # fewer rows make smaller products
@@ -422,7 +422,7 @@ def get_tokenizer():  # [33:31]
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
 def read_tokenizer(name):
-    """name: of a model -> (whether it tokenizes as GPT-2 does, {name: bytes} of its tokenizer's files). A
+    """name: a model's -> (whether it tokenizes as GPT-2 does, {name: bytes} of its tokenizer's files). A
     model without a tokenizer is taken to use GPT-2's."""
     import transformers
     enc, ids, is_gpt2s = get_tokenizer(), list(range(EOT)), False
@@ -434,8 +434,8 @@ def read_tokenizer(name):
     folder = Path(transformers.utils.cached_file(name, "config.json")).parent
     pattern = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
     files = {file.name: file.read_bytes() for file in folder.iterdir() if pattern.match(file.name)}
-    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # no vocabulary
-    return (is_gpt2s, files) if files.keys() - settings else (True, {})
+    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    return (is_gpt2s, files) if files.keys() - settings else (True, {})  # settings alone are no tokenizer
 
 TOKENS, DOCUMENTS, TEXTS = "tokens", "documents", "texts"  # kinds of data, by suffix:
 KINDS = {".npy": TOKENS, ".bin": TOKENS, ".jsonl": DOCUMENTS, ".json": DOCUMENTS, ".txt": TEXTS}
@@ -491,7 +491,7 @@ def tokenize(texts):
     """texts: as from read_texts. Yields (tokens, (N,) uint16; bytes so far) in their order, on all cores."""
     texts = iter(texts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(texts, 32 * os.cpu_count())):  # at once in memory
+        while batch := list(itertools.islice(texts, 32 * os.cpu_count())):  # that many in memory
             yield from zip(pool.map(encode, [text for text, _ in batch]), [n_bytes for _, n_bytes in batch])
 
 def load_tokens(path, split):
@@ -508,6 +508,7 @@ def load_tokens(path, split):
         files = [file for file in files if file not in val + test] if is_train else val
         require(files, f"--data {path} has no shards for {split} (val's have val in the name)")
         return [open_shard(file) for file in files]
+    # An array of tokens, a list of documents, or pieces of text, joined to one:
     data = open_shard(files[0]) if kind == TOKENS else [text for text, _ in read_texts(kind, files)]
     if kind == TEXTS:
         data = "".join(data).removeprefix("" if is_folder else EOT_TEXT)  # a single text has none in front
@@ -583,9 +584,9 @@ class DataLoaderLite:  # [1:02:00]
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         sizes = np.array([len(tokens) for tokens in shards])
-        max_offset = 0 if seed is None else T - 1  # window_order draws the offset of the first window
-        n = (sizes - 1 - max_offset) // T  # windows that fit at any offset; the last token is only a target
-        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # in an epoch; 1 if no offset is left
+        max_offset = 0 if seed is None else T - 1  # most tokens that window_order skips at a shard's start
+        n = (sizes - 1 - max_offset) // T  # windows that fit after that; the last token is only a target
+        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # a short shard: 1, by a smaller offset
         self.n_windows = int(self.shard_windows.sum())
         require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
                 f"and a window of --sequence_length {T} takes {T + 1}")
@@ -599,11 +600,11 @@ class DataLoaderLite:  # [1:02:00]
             return 0, range(n)
         rng = np.random.default_rng((self.seed, epoch, shard))
         left_over = len(self.shards[shard]) - 1 - n * self.T  # tokens outside the windows
-        offset = rng.integers(min(left_over, self.T - 1) + 1)
+        offset = rng.integers(min(left_over, self.T - 1) + 1)  # up to T - 1
         return offset, rng.permutation(np.arange(n, dtype=np.uint32))
 
     def get(self, positions):
-        """positions: of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
+        """positions: those of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
         rows = []
         for position in positions:
             epoch, i = divmod(position, self.n_windows)  # window i of the epoch
@@ -614,7 +615,7 @@ class DataLoaderLite:  # [1:02:00]
             nth = np.searchsorted(ends, i, side="right")  # the nth of these shards holds window i
             shard = int(shards[nth])
             offset, order = self.window_order(epoch, shard)
-            window = int(order[i - (ends[nth] - len(order))])  # less the windows of the shards before
+            window = int(order[i - (ends[nth] - len(order))])  # less the windows before this shard
             first = offset + self.T * window
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
@@ -743,7 +744,7 @@ def start_process(name):  # [41:47]
         if WORLD_SIZE > 1 and name != "cuda":
             name = "cpu"  # several processes run on CUDA or the CPU alone
         if name == "cpu" and shutil.which("nvidia-smi"):
-            note = f"; an NVIDIA driver is present, torch's CUDA is {torch.version.cuda}: take another build"
+            note = f"; an NVIDIA driver is present, torch's CUDA is {torch.version.cuda}: get another build"
     with explain(f"--device {name} cannot be used"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
         device = torch.empty(1, device=name).device
@@ -871,14 +872,19 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
     # log.txt is written after each step, and in full: a full disk may have cut it.
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
     writers = {"log.txt": lambda path: path.write_text("".join(lines))}
-    best = {}  # step and val_loss in model/config.json; the log may be older, if a run was killed
+    best = {}  # step, val_loss in model/config.json; the log may be older, if a run was killed
     with suppress(OSError, ValueError):
         best = json.loads((out_dir / "model" / "config.json").read_text())
-    best_loss = best.get("val_loss", math.inf)
     val_loss, _ = log.get((step, "val"), (math.inf, 0))
-    # A new best or, if no validation loss was measured at all, the last weights:
-    if val_loss < best_loss or (is_end and best_loss == math.inf):
-        best = dict(step=step, val_loss=val_loss) if val_loss < math.inf else dict(step=step)
+    eval_windows = cfg.eval_batches * cfg.batch_size
+    is_better = val_loss < best.get("val_loss", math.inf)
+    if val_loss < math.inf and best.get("eval_windows") != eval_windows:
+        is_better = True  # it cannot be compared: resumed with another --eval_batches or --batch_size
+    if is_better:
+        best = dict(step=step, val_loss=val_loss, eval_windows=eval_windows)
+    elif is_end and "val_loss" not in best:  # none was measured: the last weights
+        best = dict(step=step)
+    if best.get("step") == step:
         writers["model"] = lambda path: model.save_pretrained(path, **best)
     if is_due and cfg.save_every > 0:
         writers["ckpt.pt"] = lambda path: save_checkpoint(
@@ -916,7 +922,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
 
     # ---- model trains; raw_model, which it wraps, evaluates (lengths vary), samples and is saved ----
     model = raw_model
-    if cfg.compile and device.type != "mps":  # there compiled results are wrong
+    if cfg.compile and device.type != "mps":  # compiled results are wrong on MPS
         model = compile_model(raw_model, loader, autocast, device)
     if WORLD_SIZE > 1:  # [2:46:52]
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
@@ -924,7 +930,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     SIGNALS.clear()
     signal.signal(signal.SIGINT, stop_later)
     signal.signal(signal.SIGTERM, stop_later)
-    for step in range(start, cfg.max_steps + 1):  # step: the number of updates done
+    for step in range(start, cfg.max_steps + 1):  # step: updates done; the last round makes none
         is_last = step == cfg.max_steps
         tokens = loader.position * T  # seen so far
 
@@ -940,7 +946,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
             log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
 
-        # ---- save the previous round's update (there is one round more than updates) ----
+        # ---- save the update of the round before, now that it has been evaluated ----
         if step > start or is_last:
             save_run(step, is_last or stop, raw_model, optimizer, scaler, loader, cfg, log)
         if is_last or stop:
@@ -1005,11 +1011,11 @@ def atomic_write(path):
     finally:
         shutil.rmtree(tmp.parent, ignore_errors=True)
 
-# Flags that resuming cannot change, and why (nor can it change the model's shape and the data). All
-# others may change: more steps, other rates, batches of another size, another number of processes.
+# Flags that resuming cannot change, and why (nor can it change the model's shape or the number of windows
+# in the data). All others may change: more steps, other rates, another batch size or number of processes.
 FIXED = {
     "model": "the weights have its shape",
-    "optimizer": "the other cannot use its state",
+    "optimizer": "its state is of no use to the other",
     "seed": "the order of the windows follows from it",
     "shuffle": "the order of the windows follows from it",
     "sequence_length": "the place in the data counts windows of this length",
@@ -1053,7 +1059,7 @@ def choose_numbers(given, config, ckpt):
             require(T <= block_size, f"--sequence_length {T} is over the model's block_size {block_size}")
             require(total % (B * T * WORLD_SIZE) == 0, f"--total_batch_size {total} is not a multiple of "
                     f"--batch_size {B} x --sequence_length {T} x {WORLD_SIZE} processes")
-    except UserError as e:  # say where those flags have their values from that the user did not give
+    except UserError as e:  # it may name flags that the user did not give: say where their values are from
         others = [name for name in re.findall(r"--(\w+)", str(e)) if name in vars(cfg) and name not in given]
         raise UserError(f"{e} (from {source}: {', '.join(others)})" if others else str(e)) from e
     return cfg, source
@@ -1166,7 +1172,7 @@ def parse_flags(argv):
     """argv: list of flags -> dict of what they set. Exits at a typo."""
     parser = argparse.ArgumentParser(usage="train_gpt2.py [--flag value ...]", allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
-    comments = {}  # {field: the comment behind it in the source}, the help texts
+    comments = {}  # {field: the comment after it in the source}, the help texts
     with suppress(OSError):  # in a notebook there is no source to read
         for line in (inspect.getsource(TrainConfig) + inspect.getsource(GPTConfig)).splitlines():
             comments[line.partition(":")[0].strip()] = line.partition("#")[2].strip()
@@ -1228,16 +1234,17 @@ def plain_attention(q, k, v, is_causal):
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
-    """nn.Linear for up to 15 rows of float32, as in sampling; W in blocks of 64 outputs: x 1.58."""
+    """nn.Linear for up to 15 rows of float32, as in sampling: a batched product, 64 outputs each: x 1.58."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)
         if W.dtype != torch.float32 or len(rows) >= 16:
             return super().forward(x)
-        n = self.out_features // 64  # blocks
+        n = self.out_features // 64  # whole blocks of W; rest has the outputs left over
         blocks, rest = W[:64 * n].view(n, 64, self.in_features), W[64 * n:]
-        y = torch.bmm(rows.expand(n, *rows.shape), blocks.mT)  # (n, rows, 64)
-        y = torch.cat((y.transpose(0, 1).flatten(1), rows @ rest.t()), dim=1)  # (rows, out_features)
+        y = torch.bmm(rows.expand(n, *rows.shape), blocks.mT)  # each block times the same rows: (n, rows, 64)
+        y = y.transpose(0, 1).flatten(1)  # blocks side by side: (rows, 64 n)
+        y = torch.cat((y, rows @ rest.t()), dim=1)  # (rows, out_features)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
