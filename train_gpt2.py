@@ -122,7 +122,7 @@ ADAMW_LR = {"nano": 2e-3, "gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-
 # there is a value per size, a model takes that of the row of MODELS nearest in n_embd.
 RECIPES = {
     "laptop": dict(),  # nano from scratch: the defaults
-    "laptop with adamw": dict(max_lr=ADAMW_LR),
+    "laptop with adamw": dict(max_lr=ADAMW_LR, warmup_steps=60),
     "lecture": dict(  # a GPT-2 from scratch: 10B tokens, 375M of them warm-up; batch_size fits 24 GB
         optimizer="adamw", max_lr=ADAMW_LR, warmup_steps=715, weight_decay=0.1,
         max_steps=19073, batch_size=16, sequence_length=1024, total_batch_size=524288,
@@ -876,15 +876,10 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
     with suppress(OSError, ValueError):
         best = json.loads((out_dir / "model" / "config.json").read_text())
     val_loss, _ = log.get((step, "val"), (math.inf, 0))
-    eval_windows = cfg.eval_batches * cfg.batch_size
-    is_better = val_loss < best.get("val_loss", math.inf)
-    if val_loss < math.inf and best.get("eval_windows") != eval_windows:
-        is_better = True  # it cannot be compared: resumed with another --eval_batches or --batch_size
-    if is_better:
-        best = dict(step=step, val_loss=val_loss, eval_windows=eval_windows)
-    elif is_end and "val_loss" not in best:  # none was measured: the last weights
-        best = dict(step=step)
-    if best.get("step") == step:
+    is_new_best = val_loss < best.get("val_loss", math.inf)
+    is_unmeasured = is_end and "val_loss" not in best  # then model/ holds the last weights
+    if is_new_best or is_unmeasured:
+        best = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
         writers["model"] = lambda path: model.save_pretrained(path, **best)
     if is_due and cfg.save_every > 0:
         writers["ckpt.pt"] = lambda path: save_checkpoint(

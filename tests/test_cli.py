@@ -443,9 +443,6 @@ def test_an_overfitting_run_keeps_its_best_weights(tmp_path, monkeypatch, capsys
     capsys.readouterr()
     assert exit_code("--init_from=resume", "--max_steps=80") == 0
     assert f"model is step {best}'s, validation loss 1.0000" in capsys.readouterr().out
-    assert exit_code("--init_from=resume", "--max_steps=85", "--eval_batches=1") == 0  # of other windows: cannot be compared
-    step = json.loads(Path("log/model/config.json").read_text())["step"]
-    assert 80 < step <= 85 and f"model is step {step}'s" in capsys.readouterr().out
     shutil.rmtree("log/model")
     assert exit_code("--init_from=resume", "--max_steps=90") == 0  # there is a model again
     out = capsys.readouterr().out
