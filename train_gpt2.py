@@ -62,7 +62,7 @@ PADDED_VOCAB_SIZE = 50304  # a multiple of 128, which matrix kernels like [2:06:
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 124M."""
     block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50257  # rows of the embedding; from scratch 50304, padded
+    vocab_size: int = 50257  # rows of the embedding; run_in pads to 50304 from scratch
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # channels of the residual stream, a multiple of n_head
@@ -104,7 +104,7 @@ class TrainConfig:
     log_every: int = 25  # steps between training losses in the console and log.txt; 0: none
 
     prompt: str = "ROMEO:\n"  # text the samples continue; \n is a newline; empty: <|endoftext|>
-    num_samples: int = 3  # samples at the end; 0: none, and no short ones before
+    num_samples: int = 3  # samples at the end; 0: none, not even the short ones before
     max_new_tokens: int = 200  # length of a sample, in tokens
     temperature: float = 0.9  # divides the logits before sampling; 0 is greedy
     top_k: int = 50  # sample from the k likeliest tokens; 0: from all
@@ -240,7 +240,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # Not the logits too: a compiled step would keep them as an output, and a gradient of their size.
+        # No logits here: as outputs of a compiled step they, and a gradient as large, would take memory.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -337,7 +337,7 @@ class GPT(nn.Module):
         kwargs = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)  # [2:14:55]
         if optimizer == "adamw":
             return torch.optim.AdamW(groups, **kwargs)
-        muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 is too coarse
+        muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16's range is too narrow
         muon = Muon([*groups, dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype)], **kwargs)
         muon._step_supports_amp_scaling = False  # else an overflow would skip only AdamW's part
         return muon
@@ -422,8 +422,8 @@ def get_tokenizer():  # [33:31]
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
 def read_tokenizer(name):
-    """name: a model's -> (whether it tokenizes as GPT-2 does, {name: bytes} of its tokenizer's files). A
-    model without a tokenizer is taken to use GPT-2's."""
+    """name: as in from_pretrained -> (whether the model tokenizes as GPT-2 does, {name: bytes} of its
+    tokenizer's files). A model without a tokenizer is taken to use GPT-2's."""
     import transformers
     enc, ids, is_gpt2s = get_tokenizer(), list(range(EOT)), False
     text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
@@ -511,7 +511,7 @@ def load_tokens(path, split):
     # An array of tokens, a list of documents, or pieces of text, joined to one:
     data = open_shard(files[0]) if kind == TOKENS else [text for text, _ in read_texts(kind, files)]
     if kind == TEXTS:
-        data = "".join(data).removeprefix("" if is_folder else EOT_TEXT)  # a single text has none in front
+        data = "".join(data).removeprefix("" if is_folder else EOT_TEXT)  # a single text begins without
     cut = int(0.9 * len(data))  # tokens, documents or characters
     data = data[:cut] if is_train else data[cut:]
     if kind == TOKENS:
@@ -567,7 +567,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
                 save()
                 split = "val"
             waiting += tokens.tobytes()
-            while len(waiting) > 2 * shard_size:  # not >=: the last save() needs a token
+            while len(waiting) > 2 * shard_size:  # not >=: the later save() needs a token
                 save()
             bar.update(n_read - bar.n)
     require(split == "val", f"--data {data} is in one piece: there is nothing to cut off for validation")
@@ -584,15 +584,16 @@ class DataLoaderLite:  # [1:02:00]
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         sizes = np.array([len(tokens) for tokens in shards])
-        max_offset = 0 if seed is None else T - 1  # most tokens that window_order skips at a shard's start
-        n = (sizes - 1 - max_offset) // T  # windows that fit after that; the last token is only a target
-        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # a short shard: 1, by a smaller offset
+        max_offset = 0 if seed is None else T - 1  # an epoch starts a shard at an offset of up to this
+        n = (sizes - 1 - max_offset) // T  # that fit at every offset; -1: the last token is only a target
+        # In an epoch; a shard too short for any offset still has one window, and fewer offsets:
+        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # (shards)
         self.n_windows = int(self.shard_windows.sum())
         require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
                 f"and a window of --sequence_length {T} takes {T + 1}")
         self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # so a wrong vocabulary shows now
 
-    @functools.lru_cache(maxsize=2)  # this shard's and the next: memory does not grow with the corpus
+    @functools.lru_cache(maxsize=2)  # the last two used: memory does not grow with the corpus
     def window_order(self, epoch, shard):
         """-> (first token of the shard's first window in this epoch, the order of its windows)."""
         n = int(self.shard_windows[shard])
@@ -600,7 +601,7 @@ class DataLoaderLite:  # [1:02:00]
             return 0, range(n)
         rng = np.random.default_rng((self.seed, epoch, shard))
         left_over = len(self.shards[shard]) - 1 - n * self.T  # tokens outside the windows
-        offset = rng.integers(min(left_over, self.T - 1) + 1)  # up to T - 1
+        offset = rng.integers(min(left_over, self.T - 1) + 1)  # at most T - 1, less in a short shard
         return offset, rng.permutation(np.arange(n, dtype=np.uint32))
 
     def get(self, positions):
@@ -857,7 +858,7 @@ def stop_later(number, frame):
 
 def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
     """Writes what is due after `step` updates. A failed write (a full disk) is a warning, or at the end of
-    the run a UserError; weights that are not finite always raise one."""
+    the run a UserError; a checkpoint's weights that are not finite always raise one."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
     is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
@@ -872,12 +873,12 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
     # log.txt is written after each step, and in full: a full disk may have cut it.
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
     writers = {"log.txt": lambda path: path.write_text("".join(lines))}
-    best = {}  # step, val_loss in model/config.json; the log may be older, if a run was killed
+    best = {}  # step and val_loss in model/config.json: after a kill model/ may be newer than the log
     with suppress(OSError, ValueError):
         best = json.loads((out_dir / "model" / "config.json").read_text())
     val_loss, _ = log.get((step, "val"), (math.inf, 0))
     is_new_best = val_loss < best.get("val_loss", math.inf)
-    is_unmeasured = is_end and "val_loss" not in best  # then model/ holds the last weights
+    is_unmeasured = is_end and "val_loss" not in best  # by no loss: model/ gets the last weights
     if is_new_best or is_unmeasured:
         best = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
         writers["model"] = lambda path: model.save_pretrained(path, **best)
@@ -981,7 +982,7 @@ OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|overflowed")  # "
 
 @contextmanager
 def explain(doing):
-    """Re-raises any exception of the block as UserError, prefixed with doing."""
+    """Re-raises an exception of the block, unless it is of memory, as UserError, prefixed with doing."""
     try:
         yield
     except Exception as e:
@@ -1121,7 +1122,7 @@ def run_in(given, out_dir):
 
     if cfg.hellaswag:
         read_hellaswag(cfg.hellaswag)  # a broken file shows now
-    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (TOKENS, [])  # only samples
+    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (TOKENS, [])  # no data
 
     # ---- the model ----
     device = start_process(cfg.device)
@@ -1133,6 +1134,7 @@ def run_in(given, out_dir):
         model.n_tokens, model.reads_texts = ckpt["n_tokens"], ckpt["reads_texts"]
         model.tokenizer_files = ckpt["tokenizer_files"]
     needs_tokenizer = cfg.num_samples > 0 or cfg.hellaswag or kind != TOKENS
+    # nanoGPT writes a meta.pkl beside the tokens of characters.
     has_meta = kind == TOKENS and any(file.with_name("meta.pkl").exists() for file in files)
     require(not has_meta or model.n_tokens != N_TOKENS, "the data's meta.pkl says that these are not GPT-2's "
             "tokens: give their number, as in --vocab_size 65 --num_samples 0")
