@@ -441,6 +441,7 @@ TOKENS, DOCUMENTS, TEXTS = "tokens", "documents", "texts"  # kinds of data, by s
 KINDS = {".npy": TOKENS, ".bin": TOKENS, ".jsonl": DOCUMENTS, ".json": DOCUMENTS, ".txt": TEXTS}
 # Files in a folder that are not data: hidden ones, readmes, licenses, code.
 PASSED_OVER = re.compile(r"(?i)\.|(readme|licen[cs]e)(\.\w+)?$|.*\.(md|py|pkl|tmp)$")
+PIECE = 2**18  # bytes or characters of a long text that are tokenized at once
 CUT = r"\S(?=[ \n])"  # where a long text is cut: GPT-2's pattern splits there too, so no token changes
 
 def data_files(path):
@@ -456,7 +457,7 @@ def data_files(path):
             "files, or .jsonl files, or token shards (.npy, .bin)")
     return kinds.pop(), files
 
-def read_texts(kind, files, size=2**18):
+def read_texts(kind, files, size=PIECE):
     """Yields (text, bytes read so far) for each document, or piece of about size bytes of a text;
     <|endoftext|> begins each document or text."""
     n_bytes, surrogates = 0, re.compile("[\ud800-\udfff]")  # lone surrogates, which JSON may hold
@@ -518,7 +519,7 @@ def load_tokens(path, split):
         return [data]
     texts = data
     if kind == TEXTS:
-        texts = re.findall(f"(?s).{{262144,}}?{CUT}|.+", data)  # pieces of 2**18 characters, up to a CUT
+        texts = re.findall("(?s).{%d,}?%s|.+" % (PIECE, CUT), data)  # each piece goes on to the next CUT
     bar = progress(tokenize((text, 0) for text in texts), total=len(texts), desc=f"tokenizing for {split}")
     return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]
 
@@ -562,7 +563,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
             file.write(tokens)  # np.save would not say that the disk is full
 
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
-        for tokens, n_read in tokenize(read_texts(kind, files, min(2**18, 1 + n_bytes // 100))):
+        for tokens, n_read in tokenize(read_texts(kind, files, min(PIECE, 1 + n_bytes // 100))):
             if split == "train" and n_read > val_from and waiting:  # train gets at least the first piece
                 save()
                 split = "val"
