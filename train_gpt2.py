@@ -12,12 +12,9 @@ The path of a token: load_tokens (from text to ids), DataLoaderLite (to batches)
 loss), optimizer_step (to new weights), train (the loop around these), GPT.generate (back to text).
 `require` and `explain` (section 7) turn a user's mistake into one sentence.
 """
-import argparse
 import codecs
-import difflib
 import functools
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -29,12 +26,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
-IS_SCRIPT = __name__ == "__main__"
-if IS_SCRIPT:  # no stack trace for Ctrl-C while torch is being imported
+if __name__ == "__main__":  # no stack trace for Ctrl-C while torch is being imported
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 # Let OpenMP's waiting threads sleep sooner and leave the cores to others. Must be set before importing torch.
@@ -205,7 +201,6 @@ class GPT(nn.Module):
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
         self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # ids in use; then comes padding
         self.reads_texts = self.n_tokens >= N_TOKENS  # GPT-2's tokenizer fits; from_pretrained checks
-        self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -266,7 +261,7 @@ class GPT(nn.Module):
         model.load_state_dict(sd, strict=False, assign=True)  # sd has no lm_head; it is wte:
         model.lm_head.weight = model.transformer.wte.weight
         model.n_tokens = config.vocab_size  # no row is our padding
-        model.reads_texts, model.tokenizer_files = read_tokenizer(name)
+        model.reads_texts = getattr(model_hf.config, "reads_texts", True) and tokenizes_like_gpt2(name)
         return model
 
     @torch.no_grad()
@@ -279,16 +274,15 @@ class GPT(nn.Module):
         config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=self.n_tokens,
             n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            dtype=str(self.lm_head.weight.dtype).removeprefix("torch."), **notes)
+            dtype=str(self.lm_head.weight.dtype).removeprefix("torch."),
+            reads_texts=self.reads_texts, **notes)
         sd = {k: w.t().contiguous() if k.endswith(self.CONV1D) else w for k, w in self.state_dict().items()}
         sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]  # unpadded
         with explain(f"cannot write the model to {folder}"), atomic_write(folder) as tmp:
             tmp.mkdir()
             (tmp / "config.json").write_text(json.dumps(config, indent=2))
             save_file(sd, tmp / "model.safetensors", {"format": "pt"})
-            for name, content in self.tokenizer_files.items():
-                (tmp / name).write_bytes(content)
-            if self.n_tokens == N_TOKENS and not self.tokenizer_files and VOCABULARY:  # GPT-2's tokens
+            if self.n_tokens == N_TOKENS and self.reads_texts and VOCABULARY:  # GPT-2's tokenizer
                 (tmp / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
                 shutil.copy(VOCABULARY[0], tmp / "merges.txt")
                 shutil.copy(VOCABULARY[1], tmp / "vocab.json")
@@ -421,9 +415,8 @@ def get_tokenizer():  # [33:31]
         return tiktoken.Encoding(
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
-def read_tokenizer(name):
-    """name: as in from_pretrained -> (whether the model tokenizes as GPT-2 does, {name: bytes} of its
-    tokenizer's files). A model without a tokenizer is taken to use GPT-2's."""
+def tokenizes_like_gpt2(name):
+    """name: as in from_pretrained -> whether its tokenizer, if it has one, gives GPT-2's tokens."""
     import transformers
     enc, ids, is_gpt2s = get_tokenizer(), list(range(EOT)), False
     text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
@@ -432,10 +425,8 @@ def read_tokenizer(name):
         same_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
         is_gpt2s = same_tokens and tokenizer(text)["input_ids"] == enc.encode(text)  # splits a text alike
     folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-    pattern = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
-    files = {file.name: file.read_bytes() for file in folder.iterdir() if pattern.match(file.name)}
-    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
-    return (is_gpt2s, files) if files.keys() - settings else (True, {})  # settings alone are no tokenizer
+    has_one = any(re.search(r"vocab|merges|tokenizer\.json|\.model$", file.name) for file in folder.iterdir())
+    return is_gpt2s or not has_one
 
 TOKENS, DOCUMENTS, TEXTS = "tokens", "documents", "texts"  # kinds of data, by suffix:
 KINDS = {".npy": TOKENS, ".bin": TOKENS, ".jsonl": DOCUMENTS, ".json": DOCUMENTS, ".txt": TEXTS}
@@ -553,14 +544,10 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     waiting, split, paths = bytearray(), "train", []  # the tokens, 2 bytes each, that are in no shard yet
 
     def save():  # the next shard: all that is waiting, up to shard_size tokens
-        tokens = np.frombuffer(waiting[:2 * shard_size], np.uint16)
+        paths.append(folder / f"{split}_{len(paths):06d}.npy")
+        with explain(f"cannot write {paths[-1]}"), atomic_write(paths[-1]) as tmp:
+            np.save(tmp, np.frombuffer(waiting[:2 * shard_size], np.uint16))
         del waiting[:2 * shard_size]
-        header = np.lib.format.header_data_from_array_1_0(tokens)
-        path = folder / f"{split}_{len(paths):06d}.npy"
-        paths.append(path)
-        with explain(f"cannot write {path}"), atomic_write(path) as tmp, open(tmp, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(tokens)  # np.save would not say that the disk is full
 
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
         for tokens, n_read in tokenize(read_texts(kind, files, min(PIECE, 1 + n_bytes // 100))):
@@ -576,49 +563,43 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     print0(f"{folder}/ holds {len(paths)} shards: train on them with --data {folder}")
 
 class DataLoaderLite:  # [1:02:00]
-    """Batches of windows of T tokens. With a seed, each epoch shuffles shards and windows, and starts each
-    shard at a different offset; without, all is read in order. No window crosses a shard's end: the tokens
-    left over there are skipped for that epoch. The only state is `position`, the windows taken so far by
-    all processes together, so N processes read the same windows per step as one."""
+    """Batches of windows of T tokens. With a seed, each epoch shuffles the windows of all shards together and
+    starts every shard at a different offset; without, all is read in order. No window crosses a shard's end:
+    the tokens left over there are skipped for that epoch. The only state is `position`, the windows taken so
+    far by all processes together, so N processes read the same windows per step as one."""
 
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, n_tokens=N_TOKENS, split="train"):
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         sizes = np.array([len(tokens) for tokens in shards])
-        max_offset = 0 if seed is None else T - 1  # an epoch starts a shard at an offset of up to this
-        n = (sizes - 1 - max_offset) // T  # that fit at every offset; -1: the last token is only a target
-        # In an epoch; a shard too short for any offset still has one window, and fewer offsets:
-        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # (shards)
-        self.n_windows = int(self.shard_windows.sum())
-        require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
+        require(max(sizes) > T, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
                 f"and a window of --sequence_length {T} takes {T + 1}")
+        shortest = min(sizes[sizes > T])  # keeps one window at every offset
+        self.max_offset = 0 if seed is None else min(T, shortest - T) - 1
+        n = np.maximum(0, sizes - 1 - self.max_offset) // T  # per shard; -1: its last token is only a target
+        self.ends = np.cumsum(n)  # windows up to each shard's end
+        self.starts = self.ends - n
+        self.n_windows = int(self.ends[-1])
         self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # so a wrong vocabulary shows now
 
-    @functools.lru_cache(maxsize=2)  # the last two used: memory does not grow with the corpus
-    def window_order(self, epoch, shard):
-        """-> (first token of the shard's first window in this epoch, the order of its windows)."""
-        n = int(self.shard_windows[shard])
+    @functools.lru_cache(maxsize=2)  # an epoch's end and the next one's beginning
+    def window_order(self, epoch):
+        """-> (where each shard's first window begins in this epoch, the order of all windows)."""
         if self.seed is None:
-            return 0, range(n)
-        rng = np.random.default_rng((self.seed, epoch, shard))
-        left_over = len(self.shards[shard]) - 1 - n * self.T  # tokens outside the windows
-        offset = rng.integers(min(left_over, self.T - 1) + 1)  # at most T - 1, less in a short shard
-        return offset, rng.permutation(np.arange(n, dtype=np.uint32))
+            return 0, range(self.n_windows)
+        rng = np.random.default_rng((self.seed, epoch))
+        offset = rng.integers(self.max_offset + 1)
+        return offset, rng.permutation(np.arange(self.n_windows, dtype=np.uint32))
 
     def get(self, positions):
         """positions: those of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
         rows = []
         for position in positions:
-            epoch, i = divmod(position, self.n_windows)  # window i of the epoch
-            shards = np.arange(len(self.shards))
-            if self.seed is not None:
-                np.random.default_rng((self.seed, epoch)).shuffle(shards)
-            ends = np.cumsum(self.shard_windows[shards])  # windows up to each shard's end
-            nth = np.searchsorted(ends, i, side="right")  # the nth of these shards holds window i
-            shard = int(shards[nth])
-            offset, order = self.window_order(epoch, shard)
-            window = int(order[i - (ends[nth] - len(order))])  # less the windows before this shard
-            first = offset + self.T * window
+            epoch, i = divmod(position, self.n_windows)
+            offset, order = self.window_order(epoch)
+            window = int(order[i])  # counted through all shards
+            shard = np.searchsorted(self.ends, window, side="right")
+            first = offset + self.T * (window - self.starts[shard])
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
                 name = getattr(self.shards[shard], "filename", "--data")
@@ -650,16 +631,15 @@ def evaluate(model, loader, eval_batches, autocast, device):
 def read_hellaswag(path):
     """path: of rowanz/hellaswag's hellaswag_val.jsonl -> list of (context, endings, label), in tokens."""
     enc, examples = get_tokenizer(), []
-    require(Path(path).exists(), f"--hellaswag {path} does not exist")
-    with explain(f"cannot read --hellaswag {path} as UTF-8"):
-        lines = Path(path).read_text(encoding="utf-8-sig").strip().split("\n")
-    for number, line in enumerate(lines, 1):
-        with explain(f"--hellaswag {path}:{number} has no ctx, endings and label"):
-            example = json.loads(line)
-            ctx = enc.encode_ordinary(example["ctx"]) or [EOT]
-            endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
-            label = range(len(endings)).index(int(example["label"]))  # raises if it is out of range
-            examples.append((ctx, endings, label))
+    with explain(f"cannot read --hellaswag {path}"), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            with explain(f"--hellaswag {path}:{number} has no ctx, endings and label"):
+                example = json.loads(line)
+                ctx = enc.encode_ordinary(example["ctx"]) or [EOT]
+                endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
+                label = range(len(endings)).index(int(example["label"]))  # raises if it is out of range
+                examples.append((ctx, endings, label))
+        require(examples, f"--hellaswag {path} is empty")
     return examples
 
 @torch.no_grad()
@@ -682,27 +662,24 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
     return acc, acc_norm
 
 def sample(model, cfg, num_samples, max_new_tokens):
-    """Prints num_samples texts that begin with cfg.prompt; a single one comes token by token."""
+    """Prints num_samples texts that begin with cfg.prompt, token by token."""
     enc, device = get_tokenizer(), model.lm_head.weight.device
     prompt = enc.encode(cfg.prompt.replace("\\n", "\n"), allowed_special="all") or [EOT]
-    idx = torch.tensor(prompt, device=device).repeat(num_samples, 1)  # (num_samples, T)
+    idx = torch.tensor([prompt], device=device)  # (1, T)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # waits for whole characters
+    new_decoder = codecs.getincrementaldecoder("utf-8")  # waits for a character's last token
 
-    def print_token(new):  # (1, 1) -> whether the text ends here
-        if new.item() < EOT:
-            print0(decoder.decode(enc.decode_single_token_bytes(new.item())), end="")
-        return new.item() >= EOT
+    for i in range(1, num_samples + 1):
+        print0(f"--- sample {i} of {num_samples}\n{enc.decode(prompt)}", end="")
+        decoder = new_decoder(errors="replace")
 
-    if num_samples == 1:
-        print0(f"--- sample\n{enc.decode(prompt)}", end="")
+        def print_token(new):  # (1, 1) -> whether the text ends here
+            if new.item() < EOT:
+                print0(decoder.decode(enc.decode_single_token_bytes(new.item())), end="")
+            return new.item() >= EOT
+
         model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator, print_token)
         print0(decoder.decode(b"", final=True))
-    else:
-        rows = model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator)
-        for i, row in enumerate(rows[:, len(prompt):].tolist(), 1):
-            text = list(itertools.takewhile(lambda token: token < EOT, row))
-            print0(f"--- sample {i} of {num_samples}\n{enc.decode(prompt + text)}")
     print0("---")
 
 def plot_losses(path, log):  # [3:43:05]
@@ -740,6 +717,13 @@ def sum_over_ranks(*values):
 
 def start_process(name):  # [41:47]
     """name: auto or a torch device -> torch.device; connects this process with the others."""
+    # Started by srun or mpirun, not torchrun? Then each process would take itself for the only one.
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"),
+                       ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+        n = os.environ.get(size, "1")
+        is_alone = IN_TORCHRUN or rank not in os.environ or n == "1"
+        require(is_alone, f"{size} is {n}: start several processes with torchrun, or unset it")
+
     note = ""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -829,8 +813,8 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
         torch.save(dict(
             step=step, position=loader.position, n_windows=loader.n_windows, log=log,
             config=vars(model.config), n_tokens=model.n_tokens, reads_texts=model.reads_texts,
-            tokenizer_files=model.tokenizer_files, train_config=vars(cfg), scaler=scaler.state_dict(),
-            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)  # its rates are flags
+            train_config=vars(cfg), scaler=scaler.state_dict(), model=model.state_dict(),
+            optimizer=optimizer.state_dict()["state"]), tmp)  # its rates are flags
 
 def restore(ckpt, optimizer, scaler, loader):
     """Restores the state in ckpt ({} at the start of a run) -> the number of updates done. Raises UserError
@@ -858,8 +842,8 @@ def stop_later(number, frame):
         os.write(2, b"\nfinishing this step; press again to stop now\n")
 
 def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
-    """Writes what is due after `step` updates. A failed write (a full disk) is a warning, or at the end of
-    the run a UserError; a checkpoint's weights that are not finite always raise one."""
+    """Writes what is due after `step` updates. If that fails (a full disk), it is a warning, or at the end of
+    the run a UserError; a checkpoint's weights that are not finite always are one."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
     is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
@@ -867,37 +851,31 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
     if RANK > 0:
         return
     if step == 1 and cfg.init_from != "resume":  # an update has worked: now an old run's files may go
-        for old in filter(Path.is_file, (out_dir / "ckpt.pt", out_dir / "loss.png")):
-            old.unlink()
+        for name in ("ckpt.pt", "loss.png"):
+            (out_dir / name).unlink(missing_ok=True)
         shutil.rmtree(out_dir / "model", ignore_errors=True)
 
-    # log.txt is written after each step, and in full: a full disk may have cut it.
-    lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-    writers = {"log.txt": lambda path: path.write_text("".join(lines))}
     best = {}  # step and val_loss in model/config.json: after a kill model/ may be newer than the log
     with suppress(OSError, ValueError):
         best = json.loads((out_dir / "model" / "config.json").read_text())
     val_loss, _ = log.get((step, "val"), (math.inf, 0))
     is_new_best = val_loss < best.get("val_loss", math.inf)
     is_unmeasured = is_end and "val_loss" not in best  # by no loss: model/ gets the last weights
-    if is_new_best or is_unmeasured:
-        best = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
-        writers["model"] = lambda path: model.save_pretrained(path, **best)
-    if is_due and cfg.save_every > 0:
-        writers["ckpt.pt"] = lambda path: save_checkpoint(
-            path, step, model, optimizer, scaler, loader, cfg, log)
-    if is_due or val_loss < math.inf:
-        writers["loss.png"] = lambda path: plot_losses(path, log)
-    problems = []
-    for name, write in writers.items():
-        try:
-            write(out_dir / name)
-        except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
-            reason = str(e).partition("\n")[0]
-            problems.append(f"step {step}: {name} could not be saved in {out_dir}: {reason}")
-            print0("warning:", problems[-1])
+    lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
+    try:
+        if is_new_best or is_unmeasured:
+            best = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
+            model.save_pretrained(out_dir / "model", **best)
+        if is_due and cfg.save_every > 0:
+            save_checkpoint(out_dir / "ckpt.pt", step, model, optimizer, scaler, loader, cfg, log)
+        (out_dir / "log.txt").write_text("".join(lines))  # in full: a full disk may have cut it
+        if is_due or val_loss < math.inf:
+            plot_losses(out_dir / "loss.png", log)
+    except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
+        problem = f"step {step} could not be saved in {out_dir}: {e}".partition("\n")[0]
+        require(not is_end, problem)
+        print0("warning:", problem)
     if is_end:
-        require(not problems, "; ".join(problems))
         names = ", ".join(sorted(path.name for path in out_dir.glob("[!.]*")))
         loss = f", validation loss {best['val_loss']:.4f}" if "val_loss" in best else ""
         print0(f"{out_dir}/ holds {names}; model is step {best['step']}'s{loss}")
@@ -1020,17 +998,40 @@ FIXED = {
 }
 AT_LEAST_1 = {*vars(GPTConfig()), "batch_size", "sequence_length", "total_batch_size", "max_new_tokens"}
 
+def choose_shape(given):
+    """given: dict of flags -> (GPTConfig, the checkpoint to resume or {})."""
+    wanted, ckpt = vars(TrainConfig()) | given, {}
+    shape = {name: value for name, value in given.items() if hasattr(GPTConfig, name)}
+    if wanted["init_from"] == "resume":
+        path = Path(wanted["out_dir"]) / "ckpt.pt"
+        with explain(f"cannot resume from {path} with this version"):
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+            config = GPTConfig(**ckpt["config"])
+            TrainConfig(**ckpt["train_config"])  # raises if another version wrote it
+            print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
+    elif wanted["init_from"] == "pretrained":
+        config = pretrained_config(given.get("model", RECIPES["finetune"]["model"]))
+    else:
+        size = wanted["model"]
+        require(size in MODELS, f"--model {size} is not one of {', '.join(MODELS)}; for a HuggingFace id or "
+                "folder add --init_from pretrained")
+        config = GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[size], **shape})
+    for name, value in shape.items():
+        require(value == getattr(config, name), f"--{name} {value} contradicts the model, a {config}")
+    return config, ckpt
+
 def choose_numbers(given, config, ckpt):
-    """given: dict of flags; config: the model's; ckpt: of the run to resume, or {} -> (TrainConfig, name
-    of the source). A flag beats the checkpoint or recipe, these beat the defaults."""
+    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, name of the source). A flag
+    beats the source, which is the checkpoint or a recipe; that beats the defaults."""
     numbers, source = vars(TrainConfig()), "the checkpoint"
+    given = {name: value for name, value in given.items() if name in numbers}  # the shape is config's
+    wanted = numbers | given
     if ckpt:
-        numbers |= ckpt["train_config"]
+        numbers |= ckpt["train_config"] | {"out_dir": wanted["out_dir"]}  # the folder may have been moved
         for name, why in FIXED.items():
             old, new = numbers[name], given.get(name, numbers[name])
             require(new == old, f"cannot change --{name} from {old} to {new} when resuming: {why}")
     else:
-        wanted = numbers | given
         recipe = "laptop" if wanted["optimizer"] == numbers["optimizer"] else "laptop with adamw"
         if wanted["init_from"] == "pretrained":
             recipe = "finetune"
@@ -1043,82 +1044,33 @@ def choose_numbers(given, config, ckpt):
             numbers["sequence_length"] //= 2  # halves still divide total_batch_size
     cfg = TrainConfig(**(numbers | given))
 
-    B, T, total, max_steps = cfg.batch_size, cfg.sequence_length, cfg.total_batch_size, cfg.max_steps
-    min_lr, step, block_size = cfg.min_lr or 0, ckpt.get("step", 0), config.block_size
-    try:
-        for name, value in {**vars(config), **vars(cfg)}.items():
-            minimum = 1 if name in AT_LEAST_1 else 0
-            is_right = not isinstance(value, (int, float)) or minimum <= value < 2**63  # nan fails
-            require(is_right, f"--{name} must be a number of at least {minimum}, not {value}")
-        require(min_lr <= cfg.max_lr, f"--min_lr {min_lr:g} is over --max_lr {cfg.max_lr:g}")
-        if max_steps > 0:
-            require(max_steps >= step, f"--max_steps {max_steps} in all, but the checkpoint has {step}")
-            require(T <= block_size, f"--sequence_length {T} is over the model's block_size {block_size}")
-            require(total % (B * T * WORLD_SIZE) == 0, f"--total_batch_size {total} is not a multiple of "
-                    f"--batch_size {B} x --sequence_length {T} x {WORLD_SIZE} processes")
-    except UserError as e:  # it may name flags that the user did not give: say where their values are from
-        others = [name for name in re.findall(r"--(\w+)", str(e)) if name in vars(cfg) and name not in given]
-        raise UserError(f"{e} (from {source}: {', '.join(others)})" if others else str(e)) from e
+    def show(name):  # -> the flag with its value, and where that is from if the user did not give it
+        value = getattr(cfg, name)
+        return f"--{name} {value}" if name in given else f"--{name} {value} (from {source})"
+
+    for name, value in {**vars(config), **vars(cfg)}.items():
+        minimum = 1 if name in AT_LEAST_1 else 0
+        is_right = not isinstance(value, (int, float)) or minimum <= value < 2**63  # nan fails
+        require(is_right, f"--{name} must be a number of at least {minimum}, not {value}")
+    require((cfg.min_lr or 0) <= cfg.max_lr, f"{show('min_lr')} is over {show('max_lr')}")
+    if cfg.max_steps > 0:
+        step, B, T = ckpt.get("step", 0), cfg.batch_size, cfg.sequence_length
+        require(step <= cfg.max_steps, f"{show('max_steps')} in all, but the checkpoint has {step}")
+        require(T <= config.block_size, f"{show('sequence_length')} is over the model's block_size "
+                f"{config.block_size}")
+        is_multiple = cfg.total_batch_size % (B * T * WORLD_SIZE) == 0
+        require(is_multiple, f"{show('total_batch_size')} is not a multiple of {show('batch_size')} x "
+                f"{show('sequence_length')} x {WORLD_SIZE} processes")
     return cfg, source
 
 def run(given):
-    """given: dict of flags. Does what they say. A run that writes keeps others out of --out_dir."""
-    # Started by srun or mpirun, not torchrun? Then each process would take itself for the only one.
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("PMI_RANK", "PMI_SIZE"),
-                       ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
-        if rank in os.environ and not IN_TORCHRUN:
-            n = os.environ.get(size, "1")
-            require(n == "1", f"{size} is {n}: start several processes with torchrun, or unset it")
+    """given: dict of flags. Makes the model, trains it and samples; or writes token shards."""
     settings = vars(TrainConfig()) | given
     if settings["write_shards"]:
         if RANK == 0:
             write_shards(settings["data"], settings["write_shards"], settings["shard_size"])
         return
-    out_dir = Path(settings["out_dir"])
-    if RANK > 0 or settings["max_steps"] == 0:  # writes nothing
-        return run_in(given, out_dir)
-
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out_dir / ".lock", timeout=0)  # ends with this process, however that ends
-    with explain(f"another run is at work in {out_dir}, or it cannot be locked"):
-        lock.acquire()
-    try:
-        model = out_dir / "model"
-        old = next(filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.txt", model)), None)
-        may_start = old is None or settings["init_from"] == "resume" or settings["overwrite"]
-        require(may_start, f"{old} exists: --init_from resume, --overwrite, or another --out_dir")
-        is_model = not model.is_symlink() and (model / "config.json").exists()  # save_run will replace it
-        require(is_model or not os.path.lexists(model), f"{model} exists and is not a model: take another "
-                "--out_dir")
-        run_in(given, out_dir)
-    finally:
-        with suppress(OSError):
-            (out_dir / ".lock").unlink()
-            out_dir.rmdir()  # if the run left nothing
-        lock.release()
-
-def run_in(given, out_dir):
-    """given: as in run. Makes the model, trains it, samples."""
-    # ---- the shape of the model, and the numbers that fit it ----
-    shape = {name: value for name, value in given.items() if hasattr(GPTConfig, name)}
-    given = {name: value for name, value in given.items() if not hasattr(GPTConfig, name)}
-    given["out_dir"] = str(out_dir)  # not the checkpoint's: the folder may have been moved
-    init_from, ckpt = given.get("init_from", TrainConfig.init_from), {}
-    if init_from == "resume":
-        with explain(f"cannot resume from {out_dir / 'ckpt.pt'} with this version"):
-            ckpt = torch.load(out_dir / "ckpt.pt", map_location="cpu", weights_only=True)  # runs no code
-            config = GPTConfig(**ckpt["config"])
-            TrainConfig(**ckpt["train_config"])  # raises if another version wrote it
-            print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
-    elif init_from == "pretrained":
-        config = pretrained_config(given.get("model", RECIPES["finetune"]["model"]))
-    else:
-        size = given.get("model", TrainConfig.model)
-        require(size in MODELS, f"--model {size} is not one of {', '.join(MODELS)}; for a HuggingFace id or "
-                "folder add --init_from pretrained")
-        config = GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[size], **shape})
-    for name, value in shape.items():
-        require(value == getattr(config, name), f"--{name} {value} contradicts the model, a {config}")
+    config, ckpt = choose_shape(given)
     cfg, source = choose_numbers(given, config, ckpt)
 
     if cfg.hellaswag:
@@ -1129,11 +1081,10 @@ def run_in(given, out_dir):
     device = start_process(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
-    model = GPT.from_pretrained(cfg.model) if init_from == "pretrained" else GPT(config)
+    model = GPT.from_pretrained(cfg.model) if cfg.init_from == "pretrained" else GPT(config)
     if ckpt:
         model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
         model.n_tokens, model.reads_texts = ckpt["n_tokens"], ckpt["reads_texts"]
-        model.tokenizer_files = ckpt["tokenizer_files"]
     needs_tokenizer = cfg.num_samples > 0 or cfg.hellaswag or kind != TOKENS
     # nanoGPT writes a meta.pkl beside the tokens of characters.
     has_meta = kind == TOKENS and any(file.with_name("meta.pkl").exists() for file in files)
@@ -1151,14 +1102,28 @@ def run_in(given, out_dir):
     if cfg.max_steps > 0:
         names = "optimizer max_lr warmup_steps max_steps batch_size sequence_length total_batch_size"
         print0(f"{source}:", ", ".join(f"{name} {getattr(cfg, name)}" for name in names.split()))
-        step = train(cfg, model.float(), ckpt, device, dtype)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        out_dir = Path(cfg.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out_dir / ".lock", timeout=0)  # ends with this process, however that ends
+        try:
+            if RANK == 0:
+                with explain(f"another run is at work in {out_dir}, or it cannot be locked"):
+                    lock.acquire()
+                export = out_dir / "model"  # which save_run replaces
+                is_model = not export.is_symlink() and (export / "config.json").exists()
+                require(is_model or not os.path.lexists(export), f"{export} exists and is not a model")
+                old = next(filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.txt", export)), None)
+                may_start = old is None or cfg.init_from == "resume" or cfg.overwrite
+                require(may_start, f"{old} exists: --init_from resume, --overwrite, or another --out_dir")
+            step = train(cfg, model.float(), ckpt, device, dtype)
+        finally:
+            lock.release()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if step < cfg.max_steps:
             how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
             print0(f"stopped at step {step}{how}")
-            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # none here: another process got it
-            sys.exit(128 + number)  # as a shell reports it
+            sys.exit(128 + SIGNALS[0] if SIGNALS else 1)  # as a shell reports it
     else:
         if cfg.hellaswag:
             evaluate_hellaswag(model, cfg.hellaswag)
@@ -1167,37 +1132,24 @@ def run_in(given, out_dir):
         sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
 def parse_flags(argv):
-    """argv: list of flags -> dict of what they set. Exits at a typo."""
-    parser = argparse.ArgumentParser(usage="train_gpt2.py [--flag value ...]", allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    comments = {}  # {field: the comment after it in the source}, the help texts
-    with suppress(OSError):  # in a notebook there is no source to read
-        for line in (inspect.getsource(TrainConfig) + inspect.getsource(GPTConfig)).splitlines():
-            comments[line.partition(":")[0].strip()] = line.partition("#")[2].strip()
-    knobs = fields(TrainConfig) + fields(GPTConfig)
-    for field in knobs:
-        text = f"{comments.get(field.name, '')} (default: {field.default!r}"
-        for recipe, numbers in RECIPES.items():
-            if field.name in numbers:
-                value = numbers[field.name]
-                text += f"; {recipe}: {'by size' if isinstance(value, dict) else value}"
-        kinds = [kind for kind in get_args(field.type) if kind is not type(None)]  # Literal, float | None
-        if field.type is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        elif get_origin(field.type) is Literal:
-            options = dict(choices=kinds)
-        else:
-            options = dict(type=kinds[0] if kinds else field.type)
-        parser.add_argument(f"--{field.name}", help=f"{text})".replace("%", "%%"), **options)
+    """argv: list of flags -> dict of those given. Exits at a typo."""
+    import tyro
+
+    @dataclass
+    class Flags(GPTConfig, TrainConfig):  # a flag for each field; the comment beside it is the help
+        pass
+
     for flag, value in zip(argv, argv[1:]):
-        if isinstance(getattr(TrainConfig, flag[2:], None), bool) and not value.startswith("--"):
-            parser.error(f"{flag} takes no value; did you mean {flag} or --no-{flag[2:]}?")
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{field.name}" for field in knobs])
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        parser.error(f"there is no flag {unknown[0]}{hint}")
-    return vars(given)
+        is_switch = isinstance(getattr(TrainConfig, flag[2:], None), bool)
+        require(not is_switch or value.startswith("--"), f"{flag} takes no value; did you mean {flag} or "
+                f"--no-{flag[2:]}?")
+    text = "A flag beats a recipe, a recipe beats the defaults."
+    for recipe, numbers in RECIPES.items():
+        values = [f"{k} {'by size' if isinstance(v, dict) else v}" for k, v in numbers.items()]
+        text += f"\n\n{recipe}: {', '.join(values) or 'the defaults'}"
+    flags = tyro.cli(Flags, args=argv, prog="train_gpt2.py", description=text, use_underscores=True)
+    words = [word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    return {k: v for k, v in vars(flags).items() if f"__{k}" in words or f"__no_{k}" in words}
 
 def main(argv=None):  # [3:59:39]
     """argv: list of flags, None: the command line's. A user's mistake, trouble with a file and too

@@ -39,7 +39,7 @@ def test_a_run_from_start_to_samples(cli, text, tmp_path):
     assert (tmp_path / "log" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert torch.load(tmp_path / "log" / "ckpt.pt", weights_only=True)["step"] == 4
     assert GPT.from_pretrained(tmp_path / "log" / "model").config.n_embd == 32
-    assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["ckpt.pt", "log.txt", "loss.png", "model"]
+    assert sorted(p.name for p in (tmp_path / "log").glob("[!.]*")) == ["ckpt.pt", "log.txt", "loss.png", "model"]
     last = records[-1]
     assert f"log/ holds ckpt.pt, log.txt, loss.png, model; model is step 4's, validation loss {float(last[2]):.4f}" in done.stdout
 
@@ -54,7 +54,7 @@ def test_a_run_from_start_to_samples(cli, text, tmp_path):
     assert (tmp_path / "quiet" / "loss.png").exists()
 
     only_samples = cli("--init_from=resume", "--max_steps=0", "--num_samples=1", "--prompt=", "--temperature=0")
-    assert only_samples.returncode == 0 and "--- sample\n<|endoftext|>" in only_samples.stdout
+    assert only_samples.returncode == 0 and "--- sample 1 of 1\n<|endoftext|>" in only_samples.stdout
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -131,14 +131,14 @@ def test_a_vocabulary_that_is_not_gpt2s_trains_on_its_own_tokens(tmp_path, cli):
 
 
 BAD_INPUT = [
-    (["--batchsize=3"], "no flag --batchsize=3; did you mean --batch_size"),
-    (["--lr=3"], "no flag --lr=3; did you mean --min_lr or --max_lr"),
+    (["--batchsize=3"], "Perhaps you meant: --batch_size INT"),
+    (["--lr=3"], "Unrecognized options: --lr=3"),
     (["--compile", "False"], "did you mean --compile or --no-compile?"),
-    (["stray"], "there is no flag stray"),
-    (["--min_lr=1", "--max_lr=0.5"], "--min_lr 1 is over --max_lr 0.5"),
-    (["--batch=3"], "no flag --batch=3; did you mean --batch_size"),
-    (["--max_steps=many"], "invalid int value: 'many'"),
-    (["--optimizer=sgd"], "invalid choice: 'sgd'"),
+    (["stray"], "Unrecognized options: stray"),
+    (["--min_lr=1", "--max_lr=0.5"], "--min_lr 1.0 is over --max_lr 0.5"),
+    (["--batch=3"], "Unrecognized options: --batch=3"),
+    (["--max_steps=many"], "Error parsing --max_steps: "),
+    (["--optimizer=sgd"], "Expected one of ('adamw', 'muon')"),
     (["--n_embd=100", "--n_head=3"], "--n_embd 100 is not a multiple of --n_head 3"),
     (["--n_layer=0"], "--n_layer must be a number of at least 1, not 0"),
     (["--n_embd=2000000", "--n_head=1"], "error: halve --batch_size, or take a smaller --model: "),
@@ -187,8 +187,10 @@ def test_bad_input_gets_one_sentence(text, tmp_path, monkeypatch, capsys, flags,
     run = ["--device=cpu"] if flags[0] == "--init_from=pretrained" else TINY_RUN
     code = exit_code(*run, "--data", text, *flags)  # any other exception would be a stack trace
     err = capsys.readouterr().err
-    assert code in (1, 2) and message in err, err
-    assert len(err.strip().splitlines()) <= 2 and not (tmp_path / "log").exists()
+    said = " ".join(re.sub("[│─╭╮╰╯]", " ", err).split())  # tyro puts its sentences into a box
+    assert code in (1, 2) and message in said, err
+    assert len(err.strip().splitlines()) == 1 or code == 2
+    assert not list(tmp_path.glob("log/[!.]*"))
 
 
 def test_the_sentence_is_all_that_the_shell_shows(cli):
@@ -220,7 +222,7 @@ def test_a_hellaswag_file_is_looked_for_before_anything_is_lost(cli, text, tmp_p
     assert cli(*TINY_RUN, "--data", text).returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "log").iterdir() if path.is_file()}
     done = cli(*TINY_RUN, "--data", text, "--overwrite", "--hellaswag=nowhere.jsonl")
-    assert done.returncode == 1 and "--hellaswag nowhere.jsonl does not exist" in done.stderr
+    assert done.returncode == 1 and "cannot read --hellaswag nowhere.jsonl: [Errno 2]" in done.stderr
     assert before == {path: path.read_bytes() for path in (tmp_path / "log").iterdir() if path.is_file()}
 
 
@@ -231,7 +233,7 @@ def test_an_overflow_before_a_sample_is_a_sentence(cli, text):
 
 def test_without_section_8_everything_works(tmp_path, text):
     source = (ROOT / "train_gpt2.py").read_text()
-    start, end = source.index("# 8 Faster on a CPU"), source.index('if __name__ == "__main__"')
+    start, end = source.index("# 8 Faster on a CPU"), source.rindex('if __name__ == "__main__"')
     source = source[:start] + source[end:]
     call = '    if device.type == "cpu":\n        faster_on_a_cpu(model)\n'
     assert source.count(call) == 1
@@ -253,7 +255,7 @@ def test_output_in_a_narrow_encoding(tmp_path):
     flags = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--max_steps=0", "--num_samples=1", "--max_new_tokens=30"]
     done = subprocess.run([sys.executable, ROOT / "train_gpt2.py", *flags, "--prompt", "你好 🙂"], cwd=tmp_path,
                           capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-    assert done.returncode == 0 and b"--- sample\n?? ?" in done.stdout, done.stderr
+    assert done.returncode == 0 and b"--- sample 1 of 1\n?? ?" in done.stdout, done.stderr
 
 
 def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, capsys):
@@ -275,8 +277,8 @@ def test_several_processes_without_cuda_run_on_the_cpu(monkeypatch, capsys):
 
 
 def test_help_explains_every_knob(cli):
-    out = " ".join(cli("--help").stdout.split())
-    for flag in ("--model", "--n_embd", "--temperature", "--compile, --no-compile", "--top_k"):
+    out = " ".join(cli("--help").stdout.replace("│", " ").split())
+    for flag in ("--model", "--n_embd", "--temperature", "--compile, --no_compile", "--top_k"):
         assert flag in out
     assert "sequences in one micro-step of one process (default:" in out
     assert "attention heads in a block" in out
@@ -303,19 +305,19 @@ def test_a_new_knob_is_a_flag(tmp_path):
     (tmp_path / "edited.py").write_text(source.replace(field, new + field), encoding="utf-8")
     env = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "edited.py", "--help"], cwd=tmp_path, capture_output=True, env=env)
-    out = " ".join(done.stdout.decode().split())
-    assert done.returncode == 0 and "--depth DEPTH na\u00efve (default: None)" in out and "--dropout DROPOUT (default: 0.1)" in out
+    out = " ".join(done.stdout.decode().replace("│", " ").split())
+    assert done.returncode == 0 and "--depth {None}|INT na\u00efve (default: None)" in out and "--dropout FLOAT (default: 0.1)" in out
     code = "import edited; print(edited.parse_flags(['--depth', '3', '--dropout=0.5', '--name', 'x']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert done.stdout.strip() == "{'depth': 3, 'dropout': 0.5, 'name': 'x'}", done.stderr
+    assert done.stdout.strip() == "{'dropout': 0.5, 'depth': 3, 'name': 'x'}", done.stderr
 
 
 def test_help_says_which_default_a_recipe_changes(capsys):
     with pytest.raises(SystemExit):
         parse_flags(["--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "optimizer steps in all; 0: none, only sample (default: 600; lecture: 19073; finetune: 200)" in out
-    assert "the lecture's (default: 'muon'; lecture: adamw; finetune: adamw)" in out
+    assert "a recipe beats the defaults" in out and "laptop: the defaults laptop with adamw: max_lr by size, warmup_steps 60" in out
+    assert "lecture: optimizer adamw, max_lr by size, warmup_steps 715" in out and "finetune: model gpt2, optimizer adamw" in out
 
 
 @pytest.mark.parametrize("environment, refused", [
@@ -372,7 +374,7 @@ def test_a_hellaswag_file_that_is_gone_is_missed_before_training_goes_on(text, t
     capsys.readouterr()
     assert exit_code("--init_from=resume", "--max_steps=8") == 1
     out, err = capsys.readouterr()
-    assert "--hellaswag h.jsonl does not exist" in err and "loss" not in out
+    assert "cannot read --hellaswag h.jsonl: [Errno 2]" in err and "loss" not in out
 
 
 def test_hellaswag_is_scored_at_the_end_also_without_evaluation(text, tmp_path, monkeypatch):
@@ -386,7 +388,7 @@ def test_stdout_without_reconfigure(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
     assert exit_code("--n_layer=1", "--n_head=1", "--n_embd=8", "--max_steps=0", "--num_samples=1", "--max_new_tokens=3") == 0
-    assert "--- sample\nROMEO:" in sys.stdout.getvalue()
+    assert "--- sample 1 of 1\nROMEO:" in sys.stdout.getvalue()
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path):
@@ -519,8 +521,8 @@ def test_a_sample_is_asked_for_and_printed_as_the_settings_say(capsys, num_sampl
     model = StandIn("wer 🙂 你好<|endoftext|>and more")
     cfg = TrainConfig(prompt="A<|endoftext|>B\\n", temperature=0.7, top_k=9, seed=5)
     train_gpt2.sample(model, cfg, num_samples, 30)
-    assert model.asked == ([[32, 50256, 33, 198]] * num_samples, 30, 0.7, 9, 5)
-    heads = ["--- sample"] if num_samples == 1 else ["--- sample 1 of 2", "--- sample 2 of 2"]
+    assert model.asked == ([[32, 50256, 33, 198]], 30, 0.7, 9, 5)
+    heads = [f"--- sample {i} of {num_samples}" for i in range(1, num_samples + 1)]
     assert capsys.readouterr().out == "".join(f"{head}\nA<|endoftext|>B\nwer 🙂 你好\n" for head in heads) + "---\n"
 
 

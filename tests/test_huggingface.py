@@ -257,10 +257,8 @@ def test_a_model_with_another_tokenizer_takes_token_files_alone(hf_model, text, 
         assert exit_code(*TINY_FINETUNE, *flags) == 1
         assert "a text needs GPT-2's tokenizer" in capsys.readouterr().err
     assert exit_code(*TINY_FINETUNE, "--data=tokens.npy", "--num_samples=0") == 0
-    exported = {path.name: path.read_bytes() for path in (tmp_path / "log" / "model").iterdir()}
-    for name, content in FOREIGN[kind].items():  # the tokenizer goes along, and is known again
-        assert exported[name] == content.encode()
-    assert len(exported) == 2 + len(FOREIGN[kind])
+    exported = sorted(path.name for path in (tmp_path / "log" / "model").iterdir())
+    assert exported == ["config.json", "model.safetensors"]  # not with GPT-2's tokenizer, nor taken for GPT-2's again
     assert exit_code(*TINY_FINETUNE, "--model=log/model", "--data", text, "--out_dir=more") == 1
     assert exit_code("--init_from=resume", "--max_steps=0", "--num_samples=1") == 1
 
@@ -276,8 +274,8 @@ def test_gpt2s_tokenizer_or_none_takes_texts(hf_model, text, tmp_path, monkeypat
     assert {"merges.txt", "vocab.json"} <= {path.name for path in (tmp_path / "log" / "model").iterdir()}
 
 
-def test_gpt2s_tokenizer_with_more_tokens_takes_texts_and_goes_along(hf_model, text, tmp_path, monkeypatch):
-    from transformers import AutoTokenizer, pipeline
+def test_gpt2s_tokenizer_with_more_tokens_takes_texts(hf_model, text, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
     monkeypatch.chdir(tmp_path)
     GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=50257)).save_pretrained("gpt2s")
     tokenizer = AutoTokenizer.from_pretrained("gpt2s")
@@ -285,11 +283,7 @@ def test_gpt2s_tokenizer_with_more_tokens_takes_texts_and_goes_along(hf_model, t
     hf_model(vocab_size=50258).save_pretrained("base")
     tokenizer.save_pretrained("base")
     assert exit_code(*TINY_FINETUNE, "--data", text, "--num_samples=1", "--max_new_tokens=3") == 0
-    assert AutoTokenizer.from_pretrained("log/model").pad_token == "<pad>"
-    assert pipeline("text-generation", "log/model")("Hello", max_new_tokens=3)[0]["generated_text"]
-    shutil.rmtree("log/model")
-    assert exit_code("--init_from=resume", "--max_steps=3", "--num_samples=0") == 0
-    assert AutoTokenizer.from_pretrained("log/model").pad_token == "<pad>"
+    assert GPT.from_pretrained("log/model").n_tokens == 50258
 
 
 @pytest.mark.parametrize("vocab_size", [50260, 50304])
