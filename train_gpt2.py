@@ -12,9 +12,12 @@ The path of a token: load_tokens (from text to ids), DataLoaderLite (to batches)
 loss), optimizer_step (to new weights), train (the loop around these), GPT.generate (back to text).
 `require` and `explain` (section 7) turn a user's mistake into one sentence.
 """
+import argparse
 import codecs
+import difflib
 import functools
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -26,17 +29,17 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 if __name__ == "__main__":  # no stack trace for Ctrl-C while torch is being imported
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
-# Let OpenMP's waiting threads sleep sooner and leave the cores to others. Must be set before importing torch.
-# Beside three busy programs a step of nano is 1.8 times as fast, alone 2% slower (bfloat16, two AMX cores).
+# Let OpenMP's waiting threads sleep sooner and leave the cores to others; must be set before importing torch.
+# A training step is 1.8 times as fast next to three busy programs, 2% slower alone (bfloat16, two AMX cores).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # Linux
-os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; not measured
+os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; unmeasured
 
 import numpy as np
 import torch
@@ -58,7 +61,7 @@ PADDED_VOCAB_SIZE = 50304  # a multiple of 128, which matrix kernels like [2:06:
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 124M."""
     block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50257  # rows of the embedding; run_in pads to 50304 from scratch
+    vocab_size: int = 50257  # rows of the embedding; a run from scratch pads them to 50304
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # channels of the residual stream, a multiple of n_head
@@ -73,7 +76,7 @@ MODELS = {  # the sizes by name; flags override them
 
 @dataclass
 class TrainConfig:
-    """A run. The defaults train the laptop model; RECIPES below holds what differs for the others."""
+    """A run. The defaults train the laptop model; RECIPES below has the numbers of the others."""
     model: str = "nano"  # a row of MODELS; pretrained: a GPT-2 model id or a folder
     init_from: Literal["scratch", "pretrained", "resume"] = "scratch"  # where the weights come from
     data: str = "input.txt"  # a text, a .jsonl, a token file, or a folder of one of these kinds
@@ -114,7 +117,7 @@ class TrainConfig:
 # AdamW's max_lr from scratch; for GPT-2's sizes the rates of GPT-3 (Brown et al. 2020, table 2.1).
 ADAMW_LR = {"nano": 2e-3, "gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 
-# What is trained determines the numbers: a flag beats a recipe, a recipe beats the defaults above. Where
+# The numbers depend on what is trained: a flag beats a recipe, a recipe beats the defaults above. Where
 # there is a value per size, a model takes that of the row of MODELS nearest in n_embd.
 RECIPES = {
     "laptop": dict(),  # nano from scratch: the defaults
@@ -163,7 +166,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in qkv)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
-        # is_causal aligns its mask at the top left, where a lone query would see only the first key
+        # is_causal aligns its mask at the top left, where a query with a cache would see only the first key
         y = self.attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side
         return self.c_proj(y)
@@ -201,6 +204,7 @@ class GPT(nn.Module):
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
         self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # ids in use; then comes padding
         self.reads_texts = self.n_tokens >= N_TOKENS  # GPT-2's tokenizer fits; from_pretrained checks
+        self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -235,7 +239,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # No logits here: as outputs of a compiled step they, and a gradient as large, would take memory.
+        # Without the logits: a compiled step would have to store them, and a gradient as large for them.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -256,12 +260,13 @@ class GPT(nn.Module):
         sd, sd_hf = {}, model_hf.state_dict()
         for k, _ in model.named_parameters():
             w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
-            sd[k] = w.clone(memory_format=torch.contiguous_format)  # w may be a view of the mapped file
+            sd[k] = w.clone(memory_format=torch.contiguous_format)  # memory of its own: w may be mapped
             require(w.sum(dtype=torch.float32).isfinite(), f"{name}: {k} is not finite")
         model.load_state_dict(sd, strict=False, assign=True)  # sd has no lm_head; it is wte:
         model.lm_head.weight = model.transformer.wte.weight
         model.n_tokens = config.vocab_size  # no row is our padding
-        model.reads_texts = getattr(model_hf.config, "reads_texts", True) and tokenizes_like_gpt2(name)
+        uses_gpt2s, model.tokenizer_files = read_tokenizer(name)
+        model.reads_texts = uses_gpt2s and model.n_tokens >= N_TOKENS
         return model
 
     @torch.no_grad()
@@ -274,15 +279,16 @@ class GPT(nn.Module):
         config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=self.n_tokens,
             n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            dtype=str(self.lm_head.weight.dtype).removeprefix("torch."),
-            reads_texts=self.reads_texts, **notes)
+            dtype=str(self.lm_head.weight.dtype).removeprefix("torch."), **notes)
         sd = {k: w.t().contiguous() if k.endswith(self.CONV1D) else w for k, w in self.state_dict().items()}
         sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]  # unpadded
         with explain(f"cannot write the model to {folder}"), atomic_write(folder) as tmp:
             tmp.mkdir()
             (tmp / "config.json").write_text(json.dumps(config, indent=2))
             save_file(sd, tmp / "model.safetensors", {"format": "pt"})
-            if self.n_tokens == N_TOKENS and self.reads_texts and VOCABULARY:  # GPT-2's tokenizer
+            for name, content in self.tokenizer_files.items():
+                (tmp / name).write_bytes(content)
+            if self.n_tokens == N_TOKENS and not self.tokenizer_files and VOCABULARY:  # GPT-2's tokens
                 (tmp / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
                 shutil.copy(VOCABULARY[0], tmp / "merges.txt")
                 shutil.copy(VOCABULARY[1], tmp / "vocab.json")
@@ -333,13 +339,14 @@ class GPT(nn.Module):
             return torch.optim.AdamW(groups, **kwargs)
         muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16's range is too narrow
         muon = Muon([*groups, dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype)], **kwargs)
-        muon._step_supports_amp_scaling = False  # else an overflow would skip only AdamW's part
+        # GradScaler lets a fused AdamW skip an overflow by itself, which would skip AdamW's part alone.
+        muon._step_supports_amp_scaling = False
         return muon
 
 def pretrained_config(name):  # [3:39]
-    """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if it is no GPT-2."""
+    """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if it is not a GPT-2."""
     import transformers
-    transformers.utils.logging.set_verbosity_error()  # from_pretrained raises for what it would warn of
+    transformers.utils.logging.set_verbosity_error()  # GPT.from_pretrained raises for what it would warn of
     what = f"the local folder {name}" if Path(name).is_dir() else f"{str(name)!r} (not a local folder)"
     with explain(f"cannot load {what} as a GPT-2 model id or folder"):
         hf = transformers.AutoConfig.from_pretrained(name)
@@ -354,7 +361,8 @@ def pretrained_config(name):  # [3:39]
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for groups with a "muon" entry, a dtype: a matrix moves by its averaged
-    gradient made orthogonal. AdamW (Loshchilov & Hutter 2019) for the others."""
+    gradient made orthogonal. Its own step done, it takes their gradients away, so that AdamW's (Loshchilov &
+    Hutter 2019) sees only the other groups."""
 
     @torch.no_grad()
     def step(self):
@@ -378,7 +386,7 @@ class Muon(torch.optim.AdamW):
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-scale * group["lr"])
-                    p.grad = None  # so that super().step() skips p
+                    p.grad = None
         super().step()
 
 def orthogonal(x, dtype=torch.float32):
@@ -415,8 +423,9 @@ def get_tokenizer():  # [33:31]
         return tiktoken.Encoding(
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
-def tokenizes_like_gpt2(name):
-    """name: as in from_pretrained -> whether its tokenizer, if it has one, gives GPT-2's tokens."""
+def read_tokenizer(name):
+    """name: as in from_pretrained -> (whether the model tokenizes as GPT-2 does, {name: bytes} of its
+    tokenizer's files). A model without a tokenizer is taken to use GPT-2's."""
     import transformers
     enc, ids, is_gpt2s = get_tokenizer(), list(range(EOT)), False
     text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
@@ -424,14 +433,17 @@ def tokenizes_like_gpt2(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # may download its files
         same_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
         is_gpt2s = same_tokens and tokenizer(text)["input_ids"] == enc.encode(text)  # splits a text alike
-    folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-    has_one = any(re.search(r"vocab|merges|tokenizer\.json|\.model$", file.name) for file in folder.iterdir())
-    return is_gpt2s or not has_one
+    folder = Path(transformers.utils.cached_file(name, "config.json")).parent  # it is beside these files
+    pattern = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if pattern.match(file.name)}
+    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    has_tokenizer = files.keys() - settings  # settings alone are none
+    return (is_gpt2s, files) if has_tokenizer else (True, {})
 
 TOKENS, DOCUMENTS, TEXTS = "tokens", "documents", "texts"  # kinds of data, by suffix:
 KINDS = {".npy": TOKENS, ".bin": TOKENS, ".jsonl": DOCUMENTS, ".json": DOCUMENTS, ".txt": TEXTS}
-# Files in a folder that are not data: hidden ones, readmes, licenses, code.
-PASSED_OVER = re.compile(r"(?i)\.|(readme|licen[cs]e)(\.\w+)?$|.*\.(md|py|pkl|tmp)$")
+# Files in a folder that are not data: hidden ones, readmes, licenses, code, nanoGPT's meta.pkl.
+PASSED_OVER = re.compile(r"(?i)^(\..*|(readme|licen[cs]e)(\.\w+)?|.*\.(md|py|pkl|tmp))$")
 PIECE = 2**18  # bytes or characters of a long text that are tokenized at once
 CUT = r"\S(?=[ \n])"  # where a long text is cut: GPT-2's pattern splits there too, so no token changes
 
@@ -449,8 +461,8 @@ def data_files(path):
     return kinds.pop(), files
 
 def read_texts(kind, files, size=PIECE):
-    """Yields (text, bytes read so far) for each document, or piece of about size bytes of a text;
-    <|endoftext|> begins each document or text."""
+    """Yields (string, bytes read so far): for DOCUMENTS each of them, for TEXTS pieces of about size bytes.
+    <|endoftext|> begins each document and each file of text."""
     n_bytes, surrogates = 0, re.compile("[\ud800-\udfff]")  # lone surrogates, which JSON may hold
     for path in files:
         with explain(f"cannot read {path} as UTF-8"), open(path, "rb") as file:
@@ -465,7 +477,7 @@ def read_texts(kind, files, size=PIECE):
                 while chunk := file.read(size):
                     rest = (rest + decoder.decode(chunk)).replace("\r\n", "\n")
                     require("\0" not in rest, f"cannot read {path} as UTF-8: it holds a NUL")
-                    if cut := re.match(f"(?s).*{CUT}", rest):
+                    if cut := re.match(f"(?s).*{CUT}", rest):  # up to the last CUT; the rest waits
                         yield cut[0], n_bytes + file.tell()
                         rest = rest[cut.end():]
                 yield rest + decoder.decode(b"", final=True), n_bytes + file.tell()
@@ -491,6 +503,7 @@ def load_tokens(path, split):
     characters, documents or tokens; in a folder of shards, the files with the word val in their names."""
     kind, files = data_files(path)
     is_folder, is_train = Path(path).is_dir(), split == "train"
+
     if kind == TOKENS and is_folder:
         words = {file: set(re.split("[^a-z]+", file.stem.lower())) for file in files}  # medieval is not val
         val = [file for file in files if words[file] & {"val", "valid", "validation"}]
@@ -500,14 +513,18 @@ def load_tokens(path, split):
         files = [file for file in files if file not in val + test] if is_train else val
         require(files, f"--data {path} has no shards for {split} (val's have val in the name)")
         return [open_shard(file) for file in files]
-    # An array of tokens, a list of documents, or pieces of text, joined to one:
+
+    # Tokens, documents or characters; the last tenth of them is for validation.
     data = open_shard(files[0]) if kind == TOKENS else [text for text, _ in read_texts(kind, files)]
     if kind == TEXTS:
-        data = "".join(data).removeprefix("" if is_folder else EOT_TEXT)  # a single text begins without
-    cut = int(0.9 * len(data))  # tokens, documents or characters
+        data = "".join(data)
+        if not is_folder:
+            data = data.removeprefix(EOT_TEXT)  # nothing before it to be separated from
+    cut = int(0.9 * len(data))
     data = data[:cut] if is_train else data[cut:]
     if kind == TOKENS:
         return [data]
+
     texts = data
     if kind == TEXTS:
         texts = re.findall("(?s).{%d,}?%s|.+" % (PIECE, CUT), data)  # each piece goes on to the next CUT
@@ -540,22 +557,27 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     is_free = all(PASSED_OVER.match(file.name) for file in folder.glob("*"))
     require(is_free, f"--write_shards {folder} is not empty")
     n_bytes = sum(file.stat().st_size for file in files)
-    val_from = n_bytes - min(n_bytes // 10, shard_size)  # a token has at least one byte
+    val_from = n_bytes - min(n_bytes // 10, shard_size)  # no more tokens than bytes: val fits one shard
     waiting, split, paths = bytearray(), "train", []  # the tokens, 2 bytes each, that are in no shard yet
 
     def save():  # the next shard: all that is waiting, up to shard_size tokens
-        paths.append(folder / f"{split}_{len(paths):06d}.npy")
-        with explain(f"cannot write {paths[-1]}"), atomic_write(paths[-1]) as tmp:
-            np.save(tmp, np.frombuffer(waiting[:2 * shard_size], np.uint16))
+        tokens = np.frombuffer(waiting[:2 * shard_size], np.uint16)
         del waiting[:2 * shard_size]
+        header = np.lib.format.header_data_from_array_1_0(tokens)
+        path = folder / f"{split}_{len(paths):06d}.npy"
+        paths.append(path)
+        with explain(f"cannot write {path}"), atomic_write(path) as tmp, open(tmp, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(tokens)  # np.save would not say that the disk is full
 
+    size = min(PIECE, 1 + n_bytes // 100)  # of a piece, small enough for a short text to be cut at a tenth
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
-        for tokens, n_read in tokenize(read_texts(kind, files, min(PIECE, 1 + n_bytes // 100))):
+        for tokens, n_read in tokenize(read_texts(kind, files, size)):
             if split == "train" and n_read > val_from and waiting:  # train gets at least the first piece
                 save()
                 split = "val"
             waiting += tokens.tobytes()
-            while len(waiting) > 2 * shard_size:  # not >=: the later save() needs a token
+            while len(waiting) > 2 * shard_size:  # not >=, or the save() at a split's end had no token
                 save()
             bar.update(n_read - bar.n)
     require(split == "val", f"--data {data} is in one piece: there is nothing to cut off for validation")
@@ -563,47 +585,55 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     print0(f"{folder}/ holds {len(paths)} shards: train on them with --data {folder}")
 
 class DataLoaderLite:  # [1:02:00]
-    """Batches of windows of T tokens. With a seed, each epoch shuffles the windows of all shards together and
-    starts every shard at a different offset; without, all is read in order. No window crosses a shard's end:
-    the tokens left over there are skipped for that epoch. The only state is `position`, the windows taken so
-    far by all processes together, so N processes read the same windows per step as one."""
+    """Batches of windows of T tokens. With a seed, each epoch shuffles the shards and their windows, and
+    starts each shard at a new offset; without, all is read in order. No window crosses a shard's end, as the
+    next shard is another text: the tokens left over there are skipped, others in each epoch. The only state
+    is `position`, the windows taken so far by all processes together, so N processes read the same windows
+    per step as one."""
 
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, n_tokens=N_TOKENS, split="train"):
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         sizes = np.array([len(tokens) for tokens in shards])
-        require(max(sizes) > T, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
+        # A shard has as many windows as fit at every offset: from 0 to T - 1, or only 0 in order. Its last
+        # token is only a target (-1). A shard too short for that has one window, and fewer offsets.
+        n = (sizes - 1 - (0 if seed is None else T - 1)) // T
+        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # (shards)
+        self.n_windows = int(self.shard_windows.sum())
+        require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
                 f"and a window of --sequence_length {T} takes {T + 1}")
-        shortest = min(sizes[sizes > T])  # keeps one window at every offset
-        self.max_offset = 0 if seed is None else min(T, shortest - T) - 1
-        n = np.maximum(0, sizes - 1 - self.max_offset) // T  # per shard; -1: its last token is only a target
-        self.ends = np.cumsum(n)  # windows up to each shard's end
-        self.starts = self.ends - n
-        self.n_windows = int(self.ends[-1])
         self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # so a wrong vocabulary shows now
 
-    @functools.lru_cache(maxsize=2)  # an epoch's end and the next one's beginning
-    def window_order(self, epoch):
-        """-> (where each shard's first window begins in this epoch, the order of all windows)."""
+    @functools.lru_cache(maxsize=2)  # the last two used: memory does not grow with the corpus
+    def window_order(self, epoch, shard):
+        """-> (first token of the shard's first window in this epoch, the order of its windows)."""
+        n = int(self.shard_windows[shard])
         if self.seed is None:
-            return 0, range(self.n_windows)
-        rng = np.random.default_rng((self.seed, epoch))
-        offset = rng.integers(self.max_offset + 1)
-        return offset, rng.permutation(np.arange(self.n_windows, dtype=np.uint32))
+            return 0, range(n)
+        rng = np.random.default_rng((self.seed, epoch, shard))
+        left_over = len(self.shards[shard]) - 1 - n * self.T  # tokens outside the windows
+        offset = rng.integers(min(left_over, self.T - 1) + 1)  # up to T - 1, less in a short shard
+        return offset, rng.permutation(np.arange(n, dtype=np.uint32))
 
     def get(self, positions):
         """positions: those of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
         rows = []
         for position in positions:
-            epoch, i = divmod(position, self.n_windows)
-            offset, order = self.window_order(epoch)
-            window = int(order[i])  # counted through all shards
-            shard = np.searchsorted(self.ends, window, side="right")
-            first = offset + self.T * (window - self.starts[shard])
+            epoch, i = divmod(position, self.n_windows)  # window i of the epoch
+            shards = np.arange(len(self.shards))
+            if self.seed is not None:
+                np.random.default_rng((self.seed, epoch)).shuffle(shards)
+            ends = np.cumsum(self.shard_windows[shards])  # windows up to each shard's end
+            nth = np.searchsorted(ends, i, side="right")  # the nth of these shards holds window i
+            shard = int(shards[nth])
+            offset, order = self.window_order(epoch, shard)
+            window = int(order[i - (ends[nth] - len(order))])  # less the windows before this shard
+            first = offset + self.T * window
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
                 name = getattr(self.shards[shard], "filename", "--data")
-                raise UserError(f"{name} has token {tokens.max()}, the model {self.n_tokens} (--vocab_size)")
+                raise UserError(f"{name} has token {tokens.max()}, but the model only {self.n_tokens} tokens "
+                                "(--vocab_size)")
             rows.append(tokens)
         buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
@@ -653,7 +683,7 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (endings, T)
         logits = model(tokens)[0][:, :-1].float().transpose(1, 2)  # (endings, V, T - 1)
         losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (endings, T - 1)
-        # Without the padding, then without the context:
+        # A row has one target less than tokens; what follows is padding. The ending's are the last of them.
         losses = [x[:len(row) - 1][-len(e):] for x, row, e in zip(losses, rows, endings)]
         n_right += (torch.stack([x.sum() for x in losses]).argmin() == label).item()
         n_right_norm += (torch.stack([x.mean() for x in losses]).argmin() == label).item()
@@ -662,24 +692,27 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
     return acc, acc_norm
 
 def sample(model, cfg, num_samples, max_new_tokens):
-    """Prints num_samples texts that begin with cfg.prompt, token by token."""
+    """Prints num_samples texts that begin with cfg.prompt; a single one comes token by token."""
     enc, device = get_tokenizer(), model.lm_head.weight.device
     prompt = enc.encode(cfg.prompt.replace("\\n", "\n"), allowed_special="all") or [EOT]
-    idx = torch.tensor([prompt], device=device)  # (1, T)
+    idx = torch.tensor(prompt, device=device).repeat(num_samples, 1)  # (num_samples, T)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    new_decoder = codecs.getincrementaldecoder("utf-8")  # waits for a character's last token
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # waits for whole characters
 
-    for i in range(1, num_samples + 1):
-        print0(f"--- sample {i} of {num_samples}\n{enc.decode(prompt)}", end="")
-        decoder = new_decoder(errors="replace")
+    def print_token(new):  # (1, 1) -> whether the text ends here
+        if new.item() < EOT:
+            print0(decoder.decode(enc.decode_single_token_bytes(new.item())), end="")
+        return new.item() >= EOT
 
-        def print_token(new):  # (1, 1) -> whether the text ends here
-            if new.item() < EOT:
-                print0(decoder.decode(enc.decode_single_token_bytes(new.item())), end="")
-            return new.item() >= EOT
-
+    if num_samples == 1:
+        print0(f"--- sample\n{enc.decode(prompt)}", end="")
         model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator, print_token)
         print0(decoder.decode(b"", final=True))
+    else:
+        rows = model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator)
+        for i, row in enumerate(rows[:, len(prompt):].tolist(), 1):
+            text = list(itertools.takewhile(lambda token: token < EOT, row))
+            print0(f"--- sample {i} of {num_samples}\n{enc.decode(prompt + text)}")
     print0("---")
 
 def plot_losses(path, log):  # [3:43:05]
@@ -696,8 +729,8 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun sets these four variables; if some are missing,
-# another program set the others: ignore them.
+# This process's number and how many there are. torchrun sets all four variables; some of them alone are left
+# over from another program.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
@@ -717,20 +750,14 @@ def sum_over_ranks(*values):
 
 def start_process(name):  # [41:47]
     """name: auto or a torch device -> torch.device; connects this process with the others."""
-    # Started by srun or mpirun, not torchrun? Then each process would take itself for the only one.
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"),
-                       ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
-        n = os.environ.get(size, "1")
-        is_alone = IN_TORCHRUN or rank not in os.environ or n == "1"
-        require(is_alone, f"{size} is {n}: start several processes with torchrun, or unset it")
-
     note = ""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if WORLD_SIZE > 1 and name != "cuda":
             name = "cpu"  # several processes run on CUDA or the CPU alone
         if name == "cpu" and shutil.which("nvidia-smi"):
-            note = f"; an NVIDIA driver is present, torch's CUDA is {torch.version.cuda}: get another build"
+            cuda = torch.version.cuda
+            note = f"; an NVIDIA driver is present, but this torch cannot use it (its CUDA is {cuda})"
     with explain(f"--device {name} cannot be used"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
         device = torch.empty(1, device=name).device
@@ -813,16 +840,16 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
         torch.save(dict(
             step=step, position=loader.position, n_windows=loader.n_windows, log=log,
             config=vars(model.config), n_tokens=model.n_tokens, reads_texts=model.reads_texts,
-            train_config=vars(cfg), scaler=scaler.state_dict(), model=model.state_dict(),
-            optimizer=optimizer.state_dict()["state"]), tmp)  # its rates are flags
+            tokenizer_files=model.tokenizer_files, train_config=vars(cfg), scaler=scaler.state_dict(),
+            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)  # its rates are in cfg
 
 def restore(ckpt, optimizer, scaler, loader):
     """Restores the state in ckpt ({} at the start of a run) -> the number of updates done. Raises UserError
-    if the data has another number of windows, or if the processes disagree."""
+    if the data has a different number of windows, or if the processes disagree."""
     step, n = ckpt.get("step", 0), loader.n_windows
     before = ckpt.get("n_windows", n)
     require(n == before, f"--data has {n} windows, not the {before} that the run began with")
-    sum_of_steps, sum_of_windows = sum_over_ranks(step, n)  # WORLD_SIZE times one's own, if all agree
+    sum_of_steps, sum_of_windows = sum_over_ranks(step, n)  # if all agree, WORLD_SIZE times this one's
     require(sum_of_steps == WORLD_SIZE * step, "the processes read different checkpoints: share --out_dir")
     require(sum_of_windows == WORLD_SIZE * n, "the processes read different data: share --data")
     if ckpt:
@@ -838,12 +865,13 @@ def stop_later(number, frame):
     """Handles Ctrl-C and SIGTERM: the first one stops after this step, the second at once."""
     SIGNALS.append(number)
     signal.signal(number, signal.default_int_handler)
-    if RANK == 0:  # not by print, which may be busy
+    if RANK == 0:  # not by print, which the signal may have interrupted
         os.write(2, b"\nfinishing this step; press again to stop now\n")
 
 def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
-    """Writes what is due after `step` updates. If that fails (a full disk), it is a warning, or at the end of
-    the run a UserError; a checkpoint's weights that are not finite always are one."""
+    """Called after each update, the step-th: writes log.txt, model/ if its validation loss is the lowest so
+    far, and what else is due. A failed write (a full disk) is a warning, or at the end of the run a
+    UserError; weights that are not finite always raise one."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
     is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
@@ -851,34 +879,42 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
     if RANK > 0:
         return
     if step == 1 and cfg.init_from != "resume":  # an update has worked: now an old run's files may go
-        for name in ("ckpt.pt", "loss.png"):
-            (out_dir / name).unlink(missing_ok=True)
+        for old in filter(Path.is_file, (out_dir / "ckpt.pt", out_dir / "loss.png")):
+            old.unlink()
         shutil.rmtree(out_dir / "model", ignore_errors=True)
 
-    best = {}  # step and val_loss in model/config.json: after a kill model/ may be newer than the log
+    # Which step model/ holds, and its loss, stand in its config.json. The log in a checkpoint may not know
+    # them: a killed run may have written model/ after it.
+    held = {}
     with suppress(OSError, ValueError):
-        best = json.loads((out_dir / "model" / "config.json").read_text())
+        held = json.loads((out_dir / "model" / "config.json").read_text())
     val_loss, _ = log.get((step, "val"), (math.inf, 0))
-    is_new_best = val_loss < best.get("val_loss", math.inf)
-    is_unmeasured = is_end and "val_loss" not in best  # by no loss: model/ gets the last weights
+    is_new_best = val_loss < held.get("val_loss", math.inf)
+    is_unmeasured = is_end and "val_loss" not in held  # no loss was measured: model/ gets the last weights
+
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-    try:
-        if is_new_best or is_unmeasured:
-            best = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
-            model.save_pretrained(out_dir / "model", **best)
-        if is_due and cfg.save_every > 0:
-            save_checkpoint(out_dir / "ckpt.pt", step, model, optimizer, scaler, loader, cfg, log)
-        (out_dir / "log.txt").write_text("".join(lines))  # in full: a full disk may have cut it
-        if is_due or val_loss < math.inf:
-            plot_losses(out_dir / "loss.png", log)
-    except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
-        problem = f"step {step} could not be saved in {out_dir}: {e}".partition("\n")[0]
-        require(not is_end, problem)
-        print0("warning:", problem)
+    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # whole: the old may be cut short
+    if is_new_best or is_unmeasured:
+        held = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
+        writers["model"] = lambda path: model.save_pretrained(path, **held)
+    if is_due and cfg.save_every > 0:
+        writers["ckpt.pt"] = lambda path: save_checkpoint(
+            path, step, model, optimizer, scaler, loader, cfg, log)
+    if is_due or val_loss < math.inf:
+        writers["loss.png"] = lambda path: plot_losses(path, log)
+    problems = []
+    for name, write in writers.items():  # each by itself: one that fails costs no other
+        try:
+            write(out_dir / name)
+        except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
+            reason = str(e).partition("\n")[0]
+            problems.append(f"step {step}: {name} could not be saved in {out_dir}: {reason}")
+            print0("warning:", problems[-1])
     if is_end:
+        require(not problems, "; ".join(problems))
         names = ", ".join(sorted(path.name for path in out_dir.glob("[!.]*")))
-        loss = f", validation loss {best['val_loss']:.4f}" if "val_loss" in best else ""
-        print0(f"{out_dir}/ holds {names}; model is step {best['step']}'s{loss}")
+        loss = f", validation loss {held['val_loss']:.4f}" if "val_loss" in held else ""
+        print0(f"{out_dir}/ holds {names}; model is step {held['step']}'s{loss}")
 
 def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     """Trains raw_model to cfg.max_steps updates, from ckpt on unless it is {} -> the updates done."""
@@ -935,7 +971,8 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))
         dt = time.perf_counter() - t0  # seconds
-        # Only a float16 overflow is harmless: the scaler (scale > 1) skips the update and halves its scale.
+        # A float16 overflow of the gradients is harmless: the scaler has skipped the update and halved its
+        # scale, and the next step will do. At a scale of 1 it is no overflow; so it is without a scaler.
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
 
@@ -961,7 +998,7 @@ OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|overflowed")  # "
 
 @contextmanager
 def explain(doing):
-    """Re-raises an exception of the block, unless it is of memory, as UserError, prefixed with doing."""
+    """Re-raises what the block raises, except out of memory, as UserError, prefixed with doing."""
     try:
         yield
     except Exception as e:
@@ -1004,7 +1041,7 @@ def choose_shape(given):
     shape = {name: value for name, value in given.items() if hasattr(GPTConfig, name)}
     if wanted["init_from"] == "resume":
         path = Path(wanted["out_dir"]) / "ckpt.pt"
-        with explain(f"cannot resume from {path} with this version"):
+        with explain(f"cannot resume from {path}"):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
             config = GPTConfig(**ckpt["config"])
             TrainConfig(**ckpt["train_config"])  # raises if another version wrote it
@@ -1021,61 +1058,92 @@ def choose_shape(given):
     return config, ckpt
 
 def choose_numbers(given, config, ckpt):
-    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, name of the source). A flag
-    beats the source, which is the checkpoint or a recipe; that beats the defaults."""
+    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, what its numbers are from
+    where no flag gives them). Raises UserError if they contradict each other."""
     numbers, source = vars(TrainConfig()), "the checkpoint"
     given = {name: value for name, value in given.items() if name in numbers}  # the shape is config's
     wanted = numbers | given
+
+    # ---- a flag beats the checkpoint or recipe, which beats the default ----
     if ckpt:
         numbers |= ckpt["train_config"] | {"out_dir": wanted["out_dir"]}  # the folder may have been moved
         for name, why in FIXED.items():
             old, new = numbers[name], given.get(name, numbers[name])
             require(new == old, f"cannot change --{name} from {old} to {new} when resuming: {why}")
     else:
-        recipe = "laptop" if wanted["optimizer"] == numbers["optimizer"] else "laptop with adamw"
         if wanted["init_from"] == "pretrained":
             recipe = "finetune"
         elif wanted["model"] != "nano":
             recipe = "lecture"
+        else:
+            recipe = "laptop" if wanted["optimizer"] == "muon" else "laptop with adamw"
         source = f"the {recipe} recipe"
         size = min(MODELS, key=lambda name: abs(MODELS[name]["n_embd"] - config.n_embd))
         numbers |= {k: v[size] if isinstance(v, dict) else v for k, v in RECIPES[recipe].items()}
-        while numbers["sequence_length"] > max(1, config.block_size):
+        while numbers["sequence_length"] > max(1, config.block_size):  # max: ends for --block_size 0 too
             numbers["sequence_length"] //= 2  # halves still divide total_batch_size
     cfg = TrainConfig(**(numbers | given))
 
-    def show(name):  # -> the flag with its value, and where that is from if the user did not give it
-        value = getattr(cfg, name)
-        return f"--{name} {value}" if name in given else f"--{name} {value} (from {source})"
-
+    # ---- do they fit each other? ----
+    show = {name: f"--{name} {value}" + ("" if name in given else f" (from {source})")
+            for name, value in vars(cfg).items()}  # the flags as the sentences below name them
     for name, value in {**vars(config), **vars(cfg)}.items():
         minimum = 1 if name in AT_LEAST_1 else 0
         is_right = not isinstance(value, (int, float)) or minimum <= value < 2**63  # nan fails
-        require(is_right, f"--{name} must be a number of at least {minimum}, not {value}")
-    require((cfg.min_lr or 0) <= cfg.max_lr, f"{show('min_lr')} is over {show('max_lr')}")
+        require(is_right, f"--{name} must be a finite number of at least {minimum}, not {value}")
+    require((cfg.min_lr or 0) <= cfg.max_lr, f"{show['min_lr']} is over {show['max_lr']}")
     if cfg.max_steps > 0:
         step, B, T = ckpt.get("step", 0), cfg.batch_size, cfg.sequence_length
-        require(step <= cfg.max_steps, f"{show('max_steps')} in all, but the checkpoint has {step}")
-        require(T <= config.block_size, f"{show('sequence_length')} is over the model's block_size "
+        require(step <= cfg.max_steps, f"{show['max_steps']} in all, but the checkpoint is at step {step}")
+        require(T <= config.block_size, f"{show['sequence_length']} is over the model's block_size "
                 f"{config.block_size}")
         is_multiple = cfg.total_batch_size % (B * T * WORLD_SIZE) == 0
-        require(is_multiple, f"{show('total_batch_size')} is not a multiple of {show('batch_size')} x "
-                f"{show('sequence_length')} x {WORLD_SIZE} processes")
+        require(is_multiple, f"{show['total_batch_size']} is not a multiple of {show['batch_size']} x "
+                f"{show['sequence_length']} x {WORLD_SIZE} processes")
     return cfg, source
 
 def run(given):
-    """given: dict of flags. Makes the model, trains it and samples; or writes token shards."""
+    """given: dict of flags. Does what they say. A run that writes keeps others out of --out_dir."""
+    # Started by srun or mpirun, not torchrun? Then each process would take itself for the only one.
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("PMI_RANK", "PMI_SIZE"),
+                       ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+        n = os.environ.get(size, "1")
+        is_alone = IN_TORCHRUN or rank not in os.environ or n == "1"
+        require(is_alone, f"{size} is {n}: start several processes with torchrun, or unset it")
     settings = vars(TrainConfig()) | given
     if settings["write_shards"]:
         if RANK == 0:
             write_shards(settings["data"], settings["write_shards"], settings["shard_size"])
         return
+    if RANK > 0 or settings["max_steps"] == 0:  # writes nothing
+        return run_in(given)
+
+    out_dir = Path(settings["out_dir"])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out_dir / ".lock", timeout=0)  # ends with this process, however that ends
+    with explain(f"another run is at work in {out_dir}, or it cannot be locked"):
+        lock.acquire()
+    try:
+        model = out_dir / "model"
+        is_model = not model.is_symlink() and (model / "config.json").exists()  # save_run will replace it
+        require(is_model or not os.path.lexists(model), f"{model} exists and is not a model")
+        old = next(filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.txt", model)), None)
+        may_start = old is None or settings["init_from"] == "resume" or settings["overwrite"]
+        require(may_start, f"{old} exists: --init_from resume, --overwrite, or another --out_dir")
+        run_in(given)
+    finally:
+        with suppress(OSError):
+            (out_dir / ".lock").unlink()
+            out_dir.rmdir()  # if the run left nothing
+        lock.release()
+
+def run_in(given):
+    """given: as in run. Makes the model, trains it, samples."""
     config, ckpt = choose_shape(given)
     cfg, source = choose_numbers(given, config, ckpt)
-
     if cfg.hellaswag:
-        read_hellaswag(cfg.hellaswag)  # a broken file shows now
-    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (TOKENS, [])  # no data
+        read_hellaswag(cfg.hellaswag)  # so a broken file shows now
+    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (None, [])
 
     # ---- the model ----
     device = start_process(cfg.device)
@@ -1085,13 +1153,14 @@ def run(given):
     if ckpt:
         model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
         model.n_tokens, model.reads_texts = ckpt["n_tokens"], ckpt["reads_texts"]
-    needs_tokenizer = cfg.num_samples > 0 or cfg.hellaswag or kind != TOKENS
+        model.tokenizer_files = ckpt["tokenizer_files"]
+    needs_tokenizer = cfg.num_samples > 0 or cfg.hellaswag or kind in (DOCUMENTS, TEXTS)
+    require(model.reads_texts or not needs_tokenizer, "a text needs GPT-2's tokenizer, but this model has "
+            "other tokens: give token files as --data, and --num_samples 0")
     # nanoGPT writes a meta.pkl beside the tokens of characters.
     has_meta = kind == TOKENS and any(file.with_name("meta.pkl").exists() for file in files)
     require(not has_meta or model.n_tokens != N_TOKENS, "the data's meta.pkl says that these are not GPT-2's "
             "tokens: give their number, as in --vocab_size 65 --num_samples 0")
-    require(model.reads_texts or not needs_tokenizer, f"a text needs GPT-2's tokenizer, {cfg.model} has "
-            "another: give token files as --data, and --num_samples 0")
     n = sum(p.numel() for p in model.parameters())
     print0(f"model: {cfg.model}, {n:,} parameters, {model.config}, products in {dtype}")
     model.to(device)
@@ -1100,30 +1169,16 @@ def run(given):
 
     # ---- train, sample ----
     if cfg.max_steps > 0:
-        names = "optimizer max_lr warmup_steps max_steps batch_size sequence_length total_batch_size"
-        print0(f"{source}:", ", ".join(f"{name} {getattr(cfg, name)}" for name in names.split()))
-        out_dir = Path(cfg.out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out_dir / ".lock", timeout=0)  # ends with this process, however that ends
-        try:
-            if RANK == 0:
-                with explain(f"another run is at work in {out_dir}, or it cannot be locked"):
-                    lock.acquire()
-                export = out_dir / "model"  # which save_run replaces
-                is_model = not export.is_symlink() and (export / "config.json").exists()
-                require(is_model or not os.path.lexists(export), f"{export} exists and is not a model")
-                old = next(filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.txt", export)), None)
-                may_start = old is None or cfg.init_from == "resume" or cfg.overwrite
-                require(may_start, f"{old} exists: --init_from resume, --overwrite, or another --out_dir")
-            step = train(cfg, model.float(), ckpt, device, dtype)
-        finally:
-            lock.release()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if step < cfg.max_steps:
-            how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
+        keys = "optimizer max_lr warmup_steps max_steps batch_size sequence_length total_batch_size"
+        print0(f"{source}:", ", ".join(f"{name} {getattr(cfg, name)}" for name in keys.split()))
+        step = train(cfg, model.float(), ckpt, device, dtype)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if step < cfg.max_steps or SIGNALS:
+            how = f"; continue with --init_from resume --out_dir {cfg.out_dir}" if cfg.save_every > 0 else ""
             print0(f"stopped at step {step}{how}")
-            sys.exit(128 + SIGNALS[0] if SIGNALS else 1)  # as a shell reports it
+            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # none here: another process got it
+            sys.exit(128 + number)  # as a shell reports it
     else:
         if cfg.hellaswag:
             evaluate_hellaswag(model, cfg.hellaswag)
@@ -1132,28 +1187,41 @@ def run(given):
         sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
 def parse_flags(argv):
-    """argv: list of flags -> dict of those given. Exits at a typo."""
-    import tyro
-
-    @dataclass
-    class Flags(GPTConfig, TrainConfig):  # a flag for each field; the comment beside it is the help
-        pass
-
+    """argv: list of flags -> dict of what they set. Exits at a typo."""
+    parser = argparse.ArgumentParser(usage="train_gpt2.py [--flag value ...]", allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    comments = {}  # {field: the comment after it in the source}, the help texts
+    with suppress(OSError):  # in a notebook there is no source to read
+        for line in (inspect.getsource(TrainConfig) + inspect.getsource(GPTConfig)).splitlines():
+            comments[line.partition(":")[0].strip()] = line.partition("#")[2].strip()
+    knobs = fields(TrainConfig) + fields(GPTConfig)
+    for field in knobs:
+        text = f"{comments.get(field.name, '')} (default: {field.default!r}"
+        for recipe, numbers in RECIPES.items():
+            if field.name in numbers:
+                value = numbers[field.name]
+                text += f"; {recipe}: {'by size' if isinstance(value, dict) else value}"
+        kinds = [kind for kind in get_args(field.type) if kind is not type(None)]  # Literal, float | None
+        if field.type is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif get_origin(field.type) is Literal:
+            options = dict(choices=kinds)
+        else:
+            options = dict(type=kinds[0] if kinds else field.type)
+        parser.add_argument(f"--{field.name}", help=f"{text})".replace("%", "%%"), **options)
     for flag, value in zip(argv, argv[1:]):
-        is_switch = isinstance(getattr(TrainConfig, flag[2:], None), bool)
-        require(not is_switch or value.startswith("--"), f"{flag} takes no value; did you mean {flag} or "
-                f"--no-{flag[2:]}?")
-    text = "A flag beats a recipe, a recipe beats the defaults."
-    for recipe, numbers in RECIPES.items():
-        values = [f"{k} {'by size' if isinstance(v, dict) else v}" for k, v in numbers.items()]
-        text += f"\n\n{recipe}: {', '.join(values) or 'the defaults'}"
-    flags = tyro.cli(Flags, args=argv, prog="train_gpt2.py", description=text, use_underscores=True)
-    words = [word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
-    return {k: v for k, v in vars(flags).items() if f"__{k}" in words or f"__no_{k}" in words}
+        if isinstance(getattr(TrainConfig, flag[2:], None), bool) and not value.startswith("--"):
+            parser.error(f"{flag} takes no value; did you mean {flag} or --no-{flag[2:]}?")
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{field.name}" for field in knobs])
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        parser.error(f"there is no flag {unknown[0]}{hint}")
+    return vars(given)
 
 def main(argv=None):  # [3:59:39]
-    """argv: list of flags, None: the command line's. A user's mistake, trouble with a file and too
-    little memory raise SystemExit with one sentence; a bug shows its stack trace."""
+    """argv: list of flags, None: the command line's. A user's mistake, a file that cannot be read or written
+    and a lack of memory raise SystemExit with one sentence; a bug shows its stack trace."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported by now
     with suppress(AttributeError):  # of a notebook's stdout
         sys.stdout.reconfigure(errors="replace")  # for files on Windows
@@ -1174,7 +1242,7 @@ def main(argv=None):  # [3:59:39]
 
 
 # 8 Faster on a CPU: everything works without this section and its call, only slower ---
-# "x N": N times as fast, training nano (FewRows: sampling from gpt2), on two cores with AVX512-BF16.
+# "x N": N times as fast, training nano (FewRows: sampling from gpt2); two cores with AVX512-BF16.
 def plain_attention(q, k, v, is_causal):
     """The formula, in place of flash attention where bfloat16 trains short sequences: x 1.22."""
     T, hs = q.size(2), q.size(3)

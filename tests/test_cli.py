@@ -39,7 +39,7 @@ def test_a_run_from_start_to_samples(cli, text, tmp_path):
     assert (tmp_path / "log" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert torch.load(tmp_path / "log" / "ckpt.pt", weights_only=True)["step"] == 4
     assert GPT.from_pretrained(tmp_path / "log" / "model").config.n_embd == 32
-    assert sorted(p.name for p in (tmp_path / "log").glob("[!.]*")) == ["ckpt.pt", "log.txt", "loss.png", "model"]
+    assert sorted(p.name for p in (tmp_path / "log").iterdir()) == ["ckpt.pt", "log.txt", "loss.png", "model"]
     last = records[-1]
     assert f"log/ holds ckpt.pt, log.txt, loss.png, model; model is step 4's, validation loss {float(last[2]):.4f}" in done.stdout
 
@@ -54,7 +54,7 @@ def test_a_run_from_start_to_samples(cli, text, tmp_path):
     assert (tmp_path / "quiet" / "loss.png").exists()
 
     only_samples = cli("--init_from=resume", "--max_steps=0", "--num_samples=1", "--prompt=", "--temperature=0")
-    assert only_samples.returncode == 0 and "--- sample 1 of 1\n<|endoftext|>" in only_samples.stdout
+    assert only_samples.returncode == 0 and "--- sample\n<|endoftext|>" in only_samples.stdout
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -85,7 +85,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(text, tmp_path, monkeypatch, o
         torch.testing.assert_close(whole[key], parts[key], atol=0, rtol=0)
 
     changes = {"--n_layer=3": "--n_layer 3 contradicts the model, a GPTConfig.*n_layer=2",
-               "--max_steps=23": "--max_steps 23 in all, but the checkpoint has 24",
+               "--max_steps=23": "--max_steps 23 in all, but the checkpoint is at step 24",
                "--model=gpt2": "cannot change --model from nano to gpt2 when resuming: the weights",
                f"--optimizer={'muon' if optimizer == 'adamw' else 'adamw'}": "when resuming: its state",
                "--seed=2": "from 1337 to 2 when resuming: the order", "--no-shuffle": "from True to False when resuming: the order",
@@ -124,27 +124,27 @@ def test_a_vocabulary_that_is_not_gpt2s_trains_on_its_own_tokens(tmp_path, cli):
     assert done.returncode == 0 and done.stdout.count("val loss") == 3 and "--- sample" not in done.stdout, done.stderr
     assert GPT.from_pretrained(tmp_path / "log" / "model").config.vocab_size == 300
     done = cli("--init_from=resume", "--max_steps=0", "--num_samples=1")
-    assert done.returncode == 1 and "a text needs GPT-2's tokenizer, nano has another" in done.stderr
+    assert done.returncode == 1 and "a text needs GPT-2's tokenizer, but this model has other tokens" in done.stderr
     done = cli(*TINY_RUN, "--data=train.npy", "--num_samples=0", "--vocab_size=60000", "--out_dir=more", "--max_steps=1")
     assert done.returncode == 0  # and all of its rows are exported
     assert GPT.from_pretrained(tmp_path / "more" / "model").config.vocab_size == 60000
 
 
 BAD_INPUT = [
-    (["--batchsize=3"], "Perhaps you meant: --batch_size INT"),
-    (["--lr=3"], "Unrecognized options: --lr=3"),
+    (["--batchsize=3"], "no flag --batchsize=3; did you mean --batch_size"),
+    (["--lr=3"], "no flag --lr=3; did you mean --min_lr or --max_lr"),
     (["--compile", "False"], "did you mean --compile or --no-compile?"),
-    (["stray"], "Unrecognized options: stray"),
+    (["stray"], "there is no flag stray"),
     (["--min_lr=1", "--max_lr=0.5"], "--min_lr 1.0 is over --max_lr 0.5"),
-    (["--batch=3"], "Unrecognized options: --batch=3"),
-    (["--max_steps=many"], "Error parsing --max_steps: "),
-    (["--optimizer=sgd"], "Expected one of ('adamw', 'muon')"),
+    (["--batch=3"], "no flag --batch=3; did you mean --batch_size"),
+    (["--max_steps=many"], "invalid int value: 'many'"),
+    (["--optimizer=sgd"], "invalid choice: 'sgd'"),
     (["--n_embd=100", "--n_head=3"], "--n_embd 100 is not a multiple of --n_head 3"),
-    (["--n_layer=0"], "--n_layer must be a number of at least 1, not 0"),
+    (["--n_layer=0"], "--n_layer must be a finite number of at least 1, not 0"),
     (["--n_embd=2000000", "--n_head=1"], "error: halve --batch_size, or take a smaller --model: "),
     (["--n_embd=4000000000000000000", "--n_head=1"], "error: halve --batch_size, or take a smaller --model: "),
-    (["--temperature=-1"], "--temperature must be a number of at least 0, not -1.0"),
-    (["--top_k=-1"], "--top_k must be a number of at least 0, not -1"),
+    (["--temperature=-1"], "--temperature must be a finite number of at least 0, not -1.0"),
+    (["--top_k=-1"], "--top_k must be a finite number of at least 0, not -1"),
     (["--model=gpt3"], "--model gpt3 is not one of nano, "),
     (["--device=cuda:99"], "--device cuda:99 cannot be used"),
     (["--device=abacus"], "--device abacus cannot be used"),
@@ -159,15 +159,15 @@ BAD_INPUT = [
     (["--hellaswag=short.txt"], "--hellaswag short.txt:1 has no ctx, endings and label"),
     (["--total_batch_size=1000"], "1000 is not a multiple of --batch_size 4 x --sequence_length 16 x 1 processes"),
     (["--sequence_length=64", "--total_batch_size=256"], "--sequence_length 64 is over the model's block_size 32"),
-    (["--vocab_size=300"], "a text needs GPT-2's tokenizer, nano has another"),
+    (["--vocab_size=300"], "a text needs GPT-2's tokenizer, but this model has other tokens"),
     (["--vocab_size=300", "--num_samples=0"], "a text needs GPT-2's tokenizer"),
-    (["--vocab_size=60", "--num_samples=0", "--data=char"], "train.bin has token 64, the model 60 (--vocab_size)"),
+    (["--vocab_size=60", "--num_samples=0", "--data=char"], "train.bin has token 64, but the model only 60 tokens (--vocab_size)"),
     (["--out_dir=empty.txt"], "empty.txt"),
     (["--init_from=pretrained"], "cannot load 'gpt2' (not a local folder) as a GPT-2 model"),
     (["--init_from=pretrained", "--model=folder"], "cannot load the local folder folder as"),
     (["--init_from=pretrained", "--model=nobody/nothing"], "nobody/nothing"),
     (["--init_from=pretrained", "--model=./nofolder"], "./nofolder"),
-    (["--init_from=resume"], "cannot resume from log/ckpt.pt with this version: [Errno 2] No such file"),
+    (["--init_from=resume"], "cannot resume from log/ckpt.pt: [Errno 2] No such file"),
     (["--write_shards=char"], "--write_shards char is not empty"),
     (["--write_shards=new", "--data=char"], "--data char holds tokens already"),
 ]
@@ -187,10 +187,8 @@ def test_bad_input_gets_one_sentence(text, tmp_path, monkeypatch, capsys, flags,
     run = ["--device=cpu"] if flags[0] == "--init_from=pretrained" else TINY_RUN
     code = exit_code(*run, "--data", text, *flags)  # any other exception would be a stack trace
     err = capsys.readouterr().err
-    said = " ".join(re.sub("[│─╭╮╰╯]", " ", err).split())  # tyro puts its sentences into a box
-    assert code in (1, 2) and message in said, err
-    assert len(err.strip().splitlines()) == 1 or code == 2
-    assert not list(tmp_path.glob("log/[!.]*"))
+    assert code in (1, 2) and message in err, err
+    assert len(err.strip().splitlines()) <= 2 and not (tmp_path / "log").exists()
 
 
 def test_the_sentence_is_all_that_the_shell_shows(cli):
@@ -255,7 +253,7 @@ def test_output_in_a_narrow_encoding(tmp_path):
     flags = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--max_steps=0", "--num_samples=1", "--max_new_tokens=30"]
     done = subprocess.run([sys.executable, ROOT / "train_gpt2.py", *flags, "--prompt", "你好 🙂"], cwd=tmp_path,
                           capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-    assert done.returncode == 0 and b"--- sample 1 of 1\n?? ?" in done.stdout, done.stderr
+    assert done.returncode == 0 and b"--- sample\n?? ?" in done.stdout, done.stderr
 
 
 def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, capsys):
@@ -263,7 +261,7 @@ def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, capsys):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
     assert train_gpt2.start_process("auto").type == "cpu"
     out = capsys.readouterr().out
-    assert re.search(r"device: cpu, processes: 1; an NVIDIA driver is present, torch's CUDA is (None|[\d.]+)", out)
+    assert re.search(r"device: cpu, processes: 1; an NVIDIA driver is present, but this torch cannot use it \(its CUDA is (None|[\d.]+)\)", out)
 
 
 def test_several_processes_without_cuda_run_on_the_cpu(monkeypatch, capsys):
@@ -277,8 +275,8 @@ def test_several_processes_without_cuda_run_on_the_cpu(monkeypatch, capsys):
 
 
 def test_help_explains_every_knob(cli):
-    out = " ".join(cli("--help").stdout.replace("│", " ").split())
-    for flag in ("--model", "--n_embd", "--temperature", "--compile, --no_compile", "--top_k"):
+    out = " ".join(cli("--help").stdout.split())
+    for flag in ("--model", "--n_embd", "--temperature", "--compile, --no-compile", "--top_k"):
         assert flag in out
     assert "sequences in one micro-step of one process (default:" in out
     assert "attention heads in a block" in out
@@ -305,19 +303,19 @@ def test_a_new_knob_is_a_flag(tmp_path):
     (tmp_path / "edited.py").write_text(source.replace(field, new + field), encoding="utf-8")
     env = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "edited.py", "--help"], cwd=tmp_path, capture_output=True, env=env)
-    out = " ".join(done.stdout.decode().replace("│", " ").split())
-    assert done.returncode == 0 and "--depth {None}|INT na\u00efve (default: None)" in out and "--dropout FLOAT (default: 0.1)" in out
+    out = " ".join(done.stdout.decode().split())
+    assert done.returncode == 0 and "--depth DEPTH na\u00efve (default: None)" in out and "--dropout DROPOUT (default: 0.1)" in out
     code = "import edited; print(edited.parse_flags(['--depth', '3', '--dropout=0.5', '--name', 'x']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert done.stdout.strip() == "{'dropout': 0.5, 'depth': 3, 'name': 'x'}", done.stderr
+    assert done.stdout.strip() == "{'depth': 3, 'dropout': 0.5, 'name': 'x'}", done.stderr
 
 
 def test_help_says_which_default_a_recipe_changes(capsys):
     with pytest.raises(SystemExit):
         parse_flags(["--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "a recipe beats the defaults" in out and "laptop: the defaults laptop with adamw: max_lr by size, warmup_steps 60" in out
-    assert "lecture: optimizer adamw, max_lr by size, warmup_steps 715" in out and "finetune: model gpt2, optimizer adamw" in out
+    assert "optimizer steps in all; 0: none, only sample (default: 600; lecture: 19073; finetune: 200)" in out
+    assert "the lecture's (default: 'muon'; lecture: adamw; finetune: adamw)" in out
 
 
 @pytest.mark.parametrize("environment, refused", [
@@ -388,7 +386,7 @@ def test_stdout_without_reconfigure(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
     assert exit_code("--n_layer=1", "--n_head=1", "--n_embd=8", "--max_steps=0", "--num_samples=1", "--max_new_tokens=3") == 0
-    assert "--- sample 1 of 1\nROMEO:" in sys.stdout.getvalue()
+    assert "--- sample\nROMEO:" in sys.stdout.getvalue()
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path):
@@ -521,8 +519,8 @@ def test_a_sample_is_asked_for_and_printed_as_the_settings_say(capsys, num_sampl
     model = StandIn("wer 🙂 你好<|endoftext|>and more")
     cfg = TrainConfig(prompt="A<|endoftext|>B\\n", temperature=0.7, top_k=9, seed=5)
     train_gpt2.sample(model, cfg, num_samples, 30)
-    assert model.asked == ([[32, 50256, 33, 198]], 30, 0.7, 9, 5)
-    heads = [f"--- sample {i} of {num_samples}" for i in range(1, num_samples + 1)]
+    assert model.asked == ([[32, 50256, 33, 198]] * num_samples, 30, 0.7, 9, 5)
+    heads = ["--- sample"] if num_samples == 1 else ["--- sample 1 of 2", "--- sample 2 of 2"]
     assert capsys.readouterr().out == "".join(f"{head}\nA<|endoftext|>B\nwer 🙂 你好\n" for head in heads) + "---\n"
 
 

@@ -286,24 +286,23 @@ def test_shards_are_written_once_and_whole(tmp_path, monkeypatch):
         write_shards(tmp_path / "shards", tmp_path / "new", 500)
 
 
-def test_an_epochs_order_is_made_once_and_is_small():
+def test_an_order_holds_one_shards_windows_at_a_time():
     shards = [np.zeros(2000, np.uint16) for _ in range(50)]
     loader = DataLoaderLite(shards, B=4, T=8, seed=5)
     train_gpt2.DataLoaderLite.window_order.cache_clear()
-    for _ in range(2 * loader.n_windows // 4):
+    for _ in range(loader.n_windows // 4):
         loader.next_batch()
-    assert train_gpt2.DataLoaderLite.window_order.cache_info().misses == 2  # epochs
+    assert train_gpt2.DataLoaderLite.window_order.cache_info().misses == 50  # each once
     assert train_gpt2.DataLoaderLite.window_order.cache_info().maxsize == 2
-    offset, order = loader.window_order(0)
-    assert order.nbytes == 4 * loader.n_windows  # 40 MB for 10B tokens in windows of 1024
+    offset, windows = loader.window_order(0, 3)
+    assert windows.nbytes == 4 * loader.shard_windows[3]
 
 
-def test_windows_of_all_shards_are_shuffled_together():
-    shards = [np.full(40, i, np.uint16) for i in range(8)]
+def test_shards_are_shuffled_too():
+    shards = [np.full(20, i, np.uint16) for i in range(8)]
     loader = DataLoaderLite(shards, B=1, T=8, seed=5)
-    orders = {tuple(epoch_starts(loader, epoch).tolist()) for epoch in range(6)}
-    assert len(orders) == 6 and all(sorted(order) == sorted([*range(8)] * 4) for order in orders)
-    assert all(len(set(order[:8])) > 3 for order in orders)  # not shard by shard
+    orders = {tuple(epoch_starts(loader, epoch)[::loader.shard_windows[0]].tolist()) for epoch in range(6)}
+    assert len(orders) == 6 and all(sorted(order) == list(range(8)) for order in orders)
 
 
 # The loader. The tokens are 0, 1, 2, ..., so that a window's first token is its place in the text.
@@ -367,12 +366,13 @@ def test_processes_together_read_what_one_reads(world_size):
 def test_windows_of_several_shards():
     shards = [np.arange(a, b, dtype=np.uint16) for a, b in ((0, 100), (1000, 1005), (2000, 2009), (3000, 3300))]
     loader = DataLoaderLite(shards, B=3, T=8, seed=5)
-    assert loader.n_windows == 12 + 0 + 1 + 37
+    assert loader.shard_windows.tolist() == [11, 0, 1, 36] and loader.n_windows == 48
     for epoch in range(5):
-        x, y = loader.get(range(epoch * 50, (epoch + 1) * 50))
+        x, y = loader.get(range(epoch * 48, (epoch + 1) * 48))
         assert torch.equal(y, x + 1)  # no window holds tokens of two shards
         of_shard = torch.bucketize(x[:, 0].contiguous(), torch.tensor([1000, 2000, 3000]), right=True)
-        assert of_shard.bincount(minlength=4).tolist() == [12, 0, 1, 37] and len(x[:, 0].unique()) == 50
+        assert of_shard.bincount(minlength=4).tolist() == loader.shard_windows.tolist() and len(x[:, 0].unique()) == 48
+        assert len(of_shard.unique_consecutive()) == 3  # shard by shard
     straight = DataLoaderLite(shards, B=3, T=8)
     assert straight.get(range(0, 14))[0][:, 0].tolist() == [*range(0, 96, 8), 2000, 3000]
 
@@ -432,7 +432,7 @@ def test_broken_shards(tmp_path, make, message):
 
 
 def test_tokens_past_the_vocabulary_are_refused():
-    with pytest.raises(UserError, match="token 99, the model 99 "):
+    with pytest.raises(UserError, match="token 99, but the model only 99 "):
         DataLoaderLite([np.arange(100, dtype=np.uint16)], 1, 99, n_tokens=99)
 
 

@@ -257,8 +257,10 @@ def test_a_model_with_another_tokenizer_takes_token_files_alone(hf_model, text, 
         assert exit_code(*TINY_FINETUNE, *flags) == 1
         assert "a text needs GPT-2's tokenizer" in capsys.readouterr().err
     assert exit_code(*TINY_FINETUNE, "--data=tokens.npy", "--num_samples=0") == 0
-    exported = sorted(path.name for path in (tmp_path / "log" / "model").iterdir())
-    assert exported == ["config.json", "model.safetensors"]  # not with GPT-2's tokenizer, nor taken for GPT-2's again
+    exported = {path.name: path.read_bytes() for path in (tmp_path / "log" / "model").iterdir()}
+    for name, content in FOREIGN[kind].items():  # the tokenizer goes along, and is known again
+        assert exported[name] == content.encode()
+    assert len(exported) == 2 + len(FOREIGN[kind])
     assert exit_code(*TINY_FINETUNE, "--model=log/model", "--data", text, "--out_dir=more") == 1
     assert exit_code("--init_from=resume", "--max_steps=0", "--num_samples=1") == 1
 
@@ -274,8 +276,8 @@ def test_gpt2s_tokenizer_or_none_takes_texts(hf_model, text, tmp_path, monkeypat
     assert {"merges.txt", "vocab.json"} <= {path.name for path in (tmp_path / "log" / "model").iterdir()}
 
 
-def test_gpt2s_tokenizer_with_more_tokens_takes_texts(hf_model, text, tmp_path, monkeypatch):
-    from transformers import AutoTokenizer
+def test_gpt2s_tokenizer_with_more_tokens_takes_texts_and_goes_along(hf_model, text, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer, pipeline
     monkeypatch.chdir(tmp_path)
     GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=50257)).save_pretrained("gpt2s")
     tokenizer = AutoTokenizer.from_pretrained("gpt2s")
@@ -283,7 +285,11 @@ def test_gpt2s_tokenizer_with_more_tokens_takes_texts(hf_model, text, tmp_path, 
     hf_model(vocab_size=50258).save_pretrained("base")
     tokenizer.save_pretrained("base")
     assert exit_code(*TINY_FINETUNE, "--data", text, "--num_samples=1", "--max_new_tokens=3") == 0
-    assert GPT.from_pretrained("log/model").n_tokens == 50258
+    assert AutoTokenizer.from_pretrained("log/model").pad_token == "<pad>"
+    assert pipeline("text-generation", "log/model")("Hello", max_new_tokens=3)[0]["generated_text"]
+    shutil.rmtree("log/model")
+    assert exit_code("--init_from=resume", "--max_steps=3", "--num_samples=0") == 0
+    assert AutoTokenizer.from_pretrained("log/model").pad_token == "<pad>"
 
 
 @pytest.mark.parametrize("vocab_size", [50260, 50304])
@@ -303,7 +309,7 @@ def test_our_own_padding_takes_no_other_tokens(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.save("tokens.npy", np.full(500, 50258, np.uint16))
     flags = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--data=tokens.npy", "--max_steps=1", "--no-compile", "--device=cpu"]
-    assert exit_code(*flags) == 1 and "tokens.npy has token 50258, the model 50257" in capsys.readouterr().err
+    assert exit_code(*flags) == 1 and "tokens.npy has token 50258, but the model only 50257 tokens" in capsys.readouterr().err
 
 
 def test_missing_data_is_missed_before_the_weights_are_loaded(hf_model, tmp_path, monkeypatch, capsys):
@@ -328,3 +334,10 @@ def test_a_model_with_an_odd_context_samples_and_finetunes(hf_model, text, tmp_p
     assert exit_code(*flags, "--max_steps=0") == 0
     assert exit_code(*flags, "--max_steps=2", "--data", text, "--no-compile", "--eval_batches=2") == 0
     assert "sequence_length 16, total_batch_size 1024" in capsys.readouterr().out
+
+
+def test_a_small_vocabulary_without_a_tokenizer_is_not_taken_for_gpt2s(hf_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hf_model(vocab_size=101).save_pretrained("base")
+    assert exit_code("--init_from=pretrained", "--model=base", "--max_steps=0", "--num_samples=1", "--device=cpu") == 1
+    assert "a text needs GPT-2's tokenizer" in capsys.readouterr().err

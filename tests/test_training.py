@@ -117,13 +117,13 @@ def test_the_rate_never_rises_after_the_warm_up(given):
     ("batch_size", 0), ("sequence_length", -1), ("temperature", -0.1), ("temperature", math.nan), ("top_k", -1),
     ("max_steps", -1), ("max_lr", math.inf), ("seed", -1), ("num_samples", -1), ("max_new_tokens", 0)])
 def test_impossible_values(field, value):
-    with pytest.raises(UserError, match=f"--{field} must be a number of at least [01], not {value}"):
+    with pytest.raises(UserError, match=f"--{field} must be a finite number of at least [01], not {value}"):
         choose_numbers({field: value}, GPTConfig(), {})
 
 
 @pytest.mark.parametrize("field", ["n_layer", "n_head", "n_embd", "block_size", "vocab_size"])
 def test_impossible_shapes(field):
-    with pytest.raises(UserError, match=f"--{field} must be a number of at least 1, not 0"):
+    with pytest.raises(UserError, match=f"--{field} must be a finite number of at least 1, not 0"):
         choose_numbers({}, GPTConfig(**{field: 0}), {})
 
 
@@ -227,7 +227,7 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys
     torch.save(checkpoint, path)
     assert exit_code("--init_from=resume", "--out_dir", tmp_path) == 1
     err = capsys.readouterr().err
-    assert f"cannot resume from {path} with this version" in err and "dropout" in err
+    assert f"cannot resume from {path}" in err and "dropout" in err
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_strange_checkpoints_are_refused_and_run_nothing(tmp_path, monkeypatch, 
     path = Path("ckpt.pt")
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     assert exit_code("--init_from=resume", "--out_dir=.") == 1
-    assert "cannot resume from ckpt.pt with this version: " in capsys.readouterr().err
+    assert "cannot resume from ckpt.pt: " in capsys.readouterr().err
     assert not (tmp_path / "evil").exists()
 
 
