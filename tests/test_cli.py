@@ -245,7 +245,7 @@ def test_without_a_compiler_training_goes_on(cli, text, tmp_path):
     done = cli(*TINY_RUN, "--data", text, "--compile", env={"CXX": str(tmp_path / "no_compiler"), "PATH": "",
                                                             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
     assert done.returncode == 0 and "4/4 | val loss" in done.stdout, done.stderr
-    assert "warning: torch.compile does not work, going on without: " in done.stdout
+    assert "warning: torch.compile does not work, continuing without it: " in done.stdout
 
 
 def test_output_in_a_narrow_encoding(tmp_path):
