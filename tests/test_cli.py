@@ -310,6 +310,16 @@ def test_a_new_knob_is_a_flag(tmp_path):
     assert done.stdout.strip() == "{'depth': 3, 'dropout': 0.5, 'name': 'x'}", done.stderr
 
 
+def test_a_new_field_of_the_model_may_be_0(tmp_path):
+    """As in the first thing that everybody adds, dropout."""
+    source, field = (ROOT / "train_gpt2.py").read_text(), "    n_layer: int = 12 "
+    assert source.count(field) == 1
+    (tmp_path / "edited.py").write_text(source.replace(field, "    dropout: float = 0.0\n" + field))
+    tiny = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--max_steps=0", "--num_samples=1", "--max_new_tokens=3", "--device=cpu"]
+    done = subprocess.run([sys.executable, "edited.py", *tiny, "--dropout=0.2"], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0 and "dropout=0.2" in done.stdout, done.stderr
+
+
 def test_help_says_which_default_a_recipe_changes(capsys):
     with pytest.raises(SystemExit):
         parse_flags(["--help"])
