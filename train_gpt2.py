@@ -205,7 +205,7 @@ class GPT(nn.Module):
         self.config = config
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
         self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # rows beyond these are never sampled
-        self.reads_texts = self.n_tokens >= N_TOKENS  # by GPT-2's tokenizer; from_pretrained compares it
+        self.reads_texts = self.n_tokens >= N_TOKENS  # its ids are GPT-2's; from_pretrained checks it
         self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -241,7 +241,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # No logits here: as outputs of the compiled step they, and a gradient of their size, would be stored.
+        # Returns no logits: the compiled step would store them until backward, and a zero gradient as large.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -252,7 +252,7 @@ class GPT(nn.Module):
         with explain(f"cannot load the weights of {name}"):
             model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
                 name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
-        for what, keys in info.items():  # missing, unexpected, and the mismatched ones that were "ignored"
+        for what, keys in info.items():  # missing, unexpected, mismatched: from_pretrained reports them
             wrong = [k for k in keys if not str(k).endswith((".attn.bias", ".masked_bias"))]  # old masks
             require(not wrong, f"the weights of {name} do not fit its config: {what} {wrong}")
         is_tied = model_hf.lm_head.weight is model_hf.transformer.wte.weight
@@ -302,7 +302,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
         """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. on_token
         gets each new (B, 1) and returns True to stop. Positions are absolute, so a cache cannot slide: a full
-        one is made anew from the newest half."""
+        one is rebuilt from the newest half of its tokens."""
         block_size = self.config.block_size
         cache = [KVCache(block_size) for _ in self.transformer.h]
         new = idx[:, -block_size:]  # (B, T), what is not in the cache yet
@@ -343,8 +343,8 @@ class GPT(nn.Module):
             return torch.optim.AdamW(groups, **kwargs)
         muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16's range is too narrow
         muon = Muon([*groups, dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype)], **kwargs)
-        # On overflow GradScaler calls a fused AdamW's step() all the same and leaves it to the kernel to skip
-        # the update: Muon's would not be skipped. False: GradScaler skips all of step().
+        # GradScaler lets a fused optimizer skip its own update on overflow, which Muon's part cannot do. With
+        # False GradScaler skips step() itself.
         muon._step_supports_amp_scaling = False
         return muon
 
@@ -366,8 +366,8 @@ def pretrained_config(name):  # [3:39]
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for groups with a "muon" entry, a dtype: a matrix moves by its averaged
-    gradient made orthogonal. Then step() sets the gradients of these to None and calls that of AdamW
-    (Loshchilov & Hutter 2019) for the others. It is one optimizer to the scaler and the checkpoint."""
+    gradient made orthogonal. Then step() sets their gradients to None and calls AdamW's step() (Loshchilov &
+    Hutter 2019) for the rest. To the scaler and the checkpoint it is one optimizer."""
 
     @torch.no_grad()
     def step(self):
@@ -386,7 +386,7 @@ class Muon(torch.optim.AdamW):
                 grads = torch.stack([p.grad for p in params])  # (params, rows, columns)
                 updates = orthogonal(grads, group["muon"])
                 # An orthogonal matrix has entries of about 1 / sqrt(longer side). They are scaled to 0.2, the
-                # usual size of AdamW's updates, so that one learning rate fits both (Liu et al. 2025).
+                # usual size of AdamW's updates, so that both can share a learning rate (Liu et al. 2025).
                 scale = 0.2 * math.sqrt(max(shape))
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -429,7 +429,7 @@ def get_tokenizer():  # [33:31]
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
 def read_tokenizer(name):
-    """name: as in from_pretrained -> (whether its tokenizer does as GPT-2's on every token and a sentence,
+    """name: as in from_pretrained -> (whether its tokenizer agrees with GPT-2's, on each token and a sentence;
     {name: bytes} of the tokenizer's files). A model without a tokenizer is taken to use GPT-2's."""
     import transformers
     enc, ids, is_gpt2s = get_tokenizer(), list(range(EOT)), False
@@ -438,9 +438,10 @@ def read_tokenizer(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # may download its files
         same_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
         is_gpt2s = same_tokens and tokenizer(text)["input_ids"] == enc.encode(text)  # splits a text alike
-    folder = Path(transformers.utils.cached_file(name, "config.json")).parent  # it is beside these files
+    folder = Path(transformers.utils.cached_file(name, "config.json")).parent  # the tokenizer's files, too
     pattern = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
-    files = {file.name: file.read_bytes() for file in folder.iterdir() if pattern.match(file.name)}
+    found = [file for file in folder.iterdir() if pattern.match(file.name) and file.is_file()]
+    files = {file.name: file.read_bytes() for file in found}
     settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
     has_tokenizer = files.keys() - settings  # files of settings alone are not a tokenizer
     return (is_gpt2s, files) if has_tokenizer else (True, {})
@@ -478,11 +479,12 @@ def read_texts(kind, files, size=PIECE):
                             text = json.loads(line.decode("utf-8-sig"))["text"]
                             yield EOT_TEXT + surrogates.sub("\ufffd", text), n_bytes + file.tell()
             else:
+                # rest: what has been read and not yielded. Each chunk yields it up to its last CUT.
                 rest, decoder = EOT_TEXT, codecs.getincrementaldecoder("utf-8-sig")()
                 while chunk := file.read(size):
                     rest = (rest + decoder.decode(chunk)).replace("\r\n", "\n")
                     require("\0" not in rest, f"cannot read {path} as UTF-8: it holds a NUL")
-                    if cut := re.match(f"(?s).*{CUT}", rest):  # to the last CUT; what follows it is kept
+                    if cut := re.match(f"(?s).*{CUT}", rest):
                         yield cut[0], n_bytes + file.tell()
                         rest = rest[cut.end():]
                 yield rest + decoder.decode(b"", final=True), n_bytes + file.tell()
@@ -532,7 +534,7 @@ def load_tokens(path, split):
 
     texts = data
     if kind == TEXTS:
-        # Pieces of at least PIECE characters, each extended to the next CUT; the last takes what is left.
+        # The split's text in pieces again: PIECE characters and on to the next CUT; the last takes the rest.
         texts = re.findall("(?s).{%d,}?%s|.+" % (PIECE, CUT), data)
     bar = progress(tokenize((text, 0) for text in texts), total=len(texts), desc=f"tokenizing for {split}")
     return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]  # zeros: if no text
@@ -556,14 +558,14 @@ def open_shard(path):
 
 def write_shards(data, folder, shard_size):  # [3:10:21]
     """data: as --data, texts of any size -> token shards in folder, in the lecture's format; the last tenth
-    of the bytes, at most shard_size of them, is for validation."""
+    of the bytes, at most shard_size of them, and the piece in which that begins are for validation."""
     (kind, files), folder = data_files(data), Path(folder)
     require(shard_size > 0, f"--shard_size must be a number of at least 1, not {shard_size}")
     require(kind != TOKENS, f"--data {data} holds tokens already")
     is_free = all(PASSED_OVER.match(file.name) for file in folder.glob("*"))
     require(is_free, f"--write_shards {folder} is not empty")
     n_bytes = sum(file.stat().st_size for file in files)
-    val_from = n_bytes - min(n_bytes // 10, shard_size)  # a token has a byte or more: this fits one shard
+    val_from = n_bytes - min(n_bytes // 10, shard_size)  # a token is at least one byte: one shard of them
     waiting, split, paths = bytearray(), "train", []  # waiting: tokens not yet in a shard, as bytes
 
     def save():  # the next shard: all that is waiting, up to shard_size tokens
@@ -576,7 +578,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
             np.lib.format.write_array_header_1_0(file, header)
             file.write(tokens)  # np.save would not say that the disk is full
 
-    size = min(PIECE, 1 + n_bytes // 100)  # of a piece; 1% of a short text, to cut off 10%
+    size = min(PIECE, 1 + n_bytes // 100)  # 100 pieces or more, to be cut between them
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
         for tokens, n_read in tokenize(read_texts(kind, files, size)):
             if split == "train" and n_read > val_from and waiting:  # train gets at least the first piece
@@ -595,20 +597,21 @@ class DataLoaderLite:  # [1:02:00]
     starts each shard at a new random offset; without one, everything is read in order. No window crosses a
     shard's end, as the next shard is another text: the tokens left over there are skipped (with a seed,
     different ones each epoch). The only state is `position`, the windows taken so far by all processes
-    together, so N processes read the same windows per step as one."""
+    together, so N processes read the same windows per step as a single one would."""
 
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, n_tokens=N_TOKENS, split="train"):
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         sizes = np.array([len(tokens) for tokens in shards])
         max_offset = 0 if seed is None else T - 1
-        n = (sizes - 1 - max_offset) // T  # windows that fit even then; -1: the last token is only a target
-        # A shard of T + 1 tokens or more has at least one window, at smaller offsets if need be.
+        n = (sizes - 1 - max_offset) // T  # windows that fit at any offset; -1: the last is only a target
+        # A shard too short for that has one window, at smaller offsets, if it has the T + 1 tokens of one.
         self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # (shards)
         self.n_windows = int(self.shard_windows.sum())
         require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
                 f"and a window of --sequence_length {T} takes {T + 1}")
-        self.get(range(0, self.n_windows, 1 + self.n_windows // 32))  # finds a wrong vocabulary now
+        # Read some 32 windows, spread out: get raises now if the data has another vocabulary.
+        self.get(range(0, self.n_windows, 1 + self.n_windows // 32))
 
     @functools.lru_cache(maxsize=2)  # the last two used: memory does not grow with the corpus
     def window_order(self, epoch, shard):
@@ -639,8 +642,8 @@ class DataLoaderLite:  # [1:02:00]
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
                 name = getattr(self.shards[shard], "filename", "--data")
-                raise UserError(f"{name} has token {tokens.max()}, but the model only {self.n_tokens} tokens "
-                                "(--vocab_size)")
+                raise UserError(f"{name} has token {tokens.max()}, but the model has only {self.n_tokens} "
+                                "tokens (--vocab_size)")
             rows.append(tokens)
         buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
@@ -653,7 +656,7 @@ class DataLoaderLite:  # [1:02:00]
 
 
 # 4 Evaluation [3:23:10] ---
-@torch.no_grad()  # no model.eval(): without dropout it would change nothing (with it: here and in sampling)
+@torch.no_grad()  # no model.eval(): without dropout it changes nothing (with it: here, HellaSwag, generate)
 def evaluate(model, loader, eval_batches, autocast, device):
     """-> mean loss in nats over the first eval_batches batches of B (0: over the whole split)."""
     n = min(loader.n_windows, eval_batches * loader.B) if eval_batches > 0 else loader.n_windows
@@ -736,8 +739,8 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun sets all four variables; an incomplete set is left
-# over from another program.
+# This process's number and how many there are. torchrun sets all four variables; an incomplete set is from
+# another program (run refuses it if it speaks of several processes).
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
@@ -766,7 +769,8 @@ def start_process(name):  # [41:47]
             cuda = torch.version.cuda
             note = f"; an NVIDIA driver is present, but this torch cannot use it (its CUDA is {cuda})"
     with explain(f"--device {name} cannot be used"):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        if name == "cuda" and IN_TORCHRUN:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.empty(1, device=name).device
         if WORLD_SIZE > 1 and device.type not in ("cuda", "cpu"):
             raise ValueError("several processes need CUDA or the CPU")
@@ -785,7 +789,7 @@ def pick_dtype(name, device):  # [1:39:38]
         return torch.float32  # without autocast, whatever the name
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":  # is_bf16_supported() counts slow emulation
+    if device.type == "cuda":  # is_bf16_supported() is also True for slow emulation
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
@@ -848,7 +852,8 @@ def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
             step=step, position=loader.position, n_windows=loader.n_windows, log=log,
             config=vars(model.config), n_tokens=model.n_tokens, reads_texts=model.reads_texts,
             tokenizer_files=model.tokenizer_files, train_config=vars(cfg), scaler=scaler.state_dict(),
-            model=model.state_dict(), optimizer=optimizer.state_dict()["state"]), tmp)  # rates: see cfg
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict()["state"]), tmp)  # without param_groups: cfg has their numbers
 
 def restore(ckpt, optimizer, scaler, loader):
     """Restores the state in ckpt ({} at the start of a run) -> the number of updates done. Raises UserError
@@ -856,7 +861,7 @@ def restore(ckpt, optimizer, scaler, loader):
     step, n = ckpt.get("step", 0), loader.n_windows
     before = ckpt.get("n_windows", n)
     require(n == before, f"--data has {n} windows, not the {before} that the run began with")
-    # All agree if and only if each process finds its own number to be the mean.
+    # If the processes differ, at least one differs from their mean and raises; torchrun stops the others.
     sum_of_steps, sum_of_windows = sum_over_ranks(step, n)
     require(sum_of_steps == WORLD_SIZE * step, "the processes read different checkpoints: share --out_dir")
     require(sum_of_windows == WORLD_SIZE * n, "the processes read different data: share --data")
@@ -877,7 +882,7 @@ def stop_later(number, frame):
         os.write(2, b"\nfinishing this step; press again to stop now\n")
 
 def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
-    """Called after each update, the step-th: writes log.txt; model/ if the validation loss is the lowest so
+    """Called after update number `step`: writes log.txt; model/ if the validation loss is the lowest so
     far; the others when they are due. A failed write (a full disk) is a warning, or at the end of the run a
     UserError. Weights that are not finite are never put into a checkpoint: a UserError."""
     out_dir = Path(cfg.out_dir)
@@ -901,7 +906,7 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
     is_unmeasured = is_end and "val_loss" not in held  # no loss was measured: model/ gets the last weights
 
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # all: a kill may have cut the old
+    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # whole: a kill may have cut it
     if is_new_best or is_unmeasured:
         held = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
         writers["model"] = lambda path: model.save_pretrained(path, **held)
@@ -925,7 +930,7 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
         print0(f"{out_dir}/ holds {names}; model is step {held['step']}'s{loss}")
 
 def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
-    """Trains raw_model to cfg.max_steps updates, from ckpt on unless it is {} -> the updates done."""
+    """Trains raw_model to cfg.max_steps updates, from ckpt on unless it is {} -> number of updates done."""
     # ---- data, optimizer, precision ----
     B, T = cfg.batch_size, cfg.sequence_length
     grad_accum_steps = cfg.total_batch_size // (B * T * WORLD_SIZE)
@@ -945,7 +950,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         model = compile_model(raw_model, loader, autocast, device)
     if WORLD_SIZE > 1:  # [2:46:52]
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    stop = 0  # signals that all processes together have got
+    stop = 0  # signals received by all processes together
     SIGNALS.clear()
     signal.signal(signal.SIGINT, stop_later)
     signal.signal(signal.SIGTERM, stop_later)
@@ -982,7 +987,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))
         dt = time.perf_counter() - t0  # seconds
         # A float16 overflow of the gradients is harmless: the scaler has skipped the update and halved its
-        # scale. At a scale of 1, get_scale()'s without scaling too, the gradients are bad.
+        # scale. At a scale of 1 (get_scale() is 1 without scaling, too) the gradients themselves are bad.
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
 
@@ -1069,9 +1074,9 @@ def choose_shape(given):
     return config, ckpt
 
 def choose_numbers(given, config, ckpt):
-    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, where its values are from
+    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, where the values come from
     that no flag gives). Raises UserError if they contradict each other."""
-    numbers = vars(TrainConfig())  # the defaults; later the checkpoint's or the recipe's
+    numbers = vars(TrainConfig())  # what no flag gives: the defaults, below the checkpoint's or recipe's
     given = {name: value for name, value in given.items() if name in numbers}  # the shape is config's
     wanted = numbers | given
 
@@ -1188,7 +1193,8 @@ def run_in(given):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if step < cfg.max_steps or SIGNALS:
-            how = f"; continue with --init_from resume --out_dir {cfg.out_dir}" if cfg.save_every > 0 else ""
+            can_go_on = step < cfg.max_steps and cfg.save_every > 0
+            how = f"; continue with --init_from resume --out_dir {cfg.out_dir}" if can_go_on else ""
             print0(f"stopped at step {step}{how}")
             number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # if another process got it
             sys.exit(128 + number)  # as a shell reports it
@@ -1214,7 +1220,7 @@ def parse_flags(argv):
             if field.name in numbers:
                 value = numbers[field.name]
                 text += f"; {recipe}: {'by size' if isinstance(value, dict) else value}"
-        # The choices of a Literal, or the type in `type | None`:
+        # Literal["a", "b"] -> its choices; float | None -> [float]
         kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
@@ -1255,7 +1261,7 @@ def main(argv=None):  # [3:59:39]
             dist.destroy_process_group()
 
 
-# 8 Faster on a CPU: everything works without this section and its call, only slower ---
+# 8 Faster on a CPU: everything works without this section and its call, just more slowly ---
 # "x N" is N times as fast: training nano (FewRows: sampling from gpt2), two cores with AVX512-BF16.
 def plain_attention(q, k, v, is_causal):
     """The formula, in place of flash attention where bfloat16 trains short sequences: x 1.22."""

@@ -161,7 +161,7 @@ BAD_INPUT = [
     (["--sequence_length=64", "--total_batch_size=256"], "--sequence_length 64 is over the model's block_size 32"),
     (["--vocab_size=300"], "a text needs GPT-2's tokenizer, but this model has other tokens"),
     (["--vocab_size=300", "--num_samples=0"], "a text needs GPT-2's tokenizer"),
-    (["--vocab_size=60", "--num_samples=0", "--data=char"], "train.bin has token 64, but the model only 60 tokens (--vocab_size)"),
+    (["--vocab_size=60", "--num_samples=0", "--data=char"], "train.bin has token 64, but the model has only 60 tokens (--vocab_size)"),
     (["--out_dir=empty.txt"], "empty.txt"),
     (["--init_from=pretrained"], "cannot load 'gpt2' (not a local folder) as a GPT-2 model"),
     (["--init_from=pretrained", "--model=folder"], "cannot load the local folder folder as"),

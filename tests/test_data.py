@@ -432,7 +432,7 @@ def test_broken_shards(tmp_path, make, message):
 
 
 def test_tokens_past_the_vocabulary_are_refused():
-    with pytest.raises(UserError, match="token 99, but the model only 99 "):
+    with pytest.raises(UserError, match="token 99, but the model has only 99 "):
         DataLoaderLite([np.arange(100, dtype=np.uint16)], 1, 99, n_tokens=99)
 
 

@@ -309,7 +309,7 @@ def test_our_own_padding_takes_no_other_tokens(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.save("tokens.npy", np.full(500, 50258, np.uint16))
     flags = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--data=tokens.npy", "--max_steps=1", "--no-compile", "--device=cpu"]
-    assert exit_code(*flags) == 1 and "tokens.npy has token 50258, but the model only 50257 tokens" in capsys.readouterr().err
+    assert exit_code(*flags) == 1 and "tokens.npy has token 50258, but the model has only 50257 tokens" in capsys.readouterr().err
 
 
 def test_missing_data_is_missed_before_the_weights_are_loaded(hf_model, tmp_path, monkeypatch, capsys):
