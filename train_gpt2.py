@@ -429,7 +429,7 @@ def get_tokenizer():  # [33:31]
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
 def read_tokenizer(name):
-    """name: as in from_pretrained -> (whether its tokenizer agrees with GPT-2's, on each token and a sentence;
+    """name: as in from_pretrained -> (whether its tokenizer gives GPT-2's ids for each token and a sentence;
     {name: bytes} of the tokenizer's files). A model without a tokenizer is taken to use GPT-2's."""
     import transformers
     enc, ids, is_gpt2s = get_tokenizer(), list(range(EOT)), False

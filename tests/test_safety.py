@@ -72,7 +72,7 @@ def test_a_signal_in_the_last_evaluation_saves_and_draws_no_samples(text, tmp_pa
     monkeypatch.setattr(train_gpt2, "evaluate", interrupted)
     assert exit_code(*TINY_RUN, "--data", text) == 130
     out = capsys.readouterr().out
-    assert "4/4 | val loss" in out and "stopped at step 4; continue with" in out and "--- sample 1 of 2" not in out
+    assert "4/4 | val loss" in out and "\nstopped at step 4\n" in out and "--- sample 1 of 2" not in out
     assert load_checkpoint("log/ckpt.pt")["step"] == 4
 
 
