@@ -91,14 +91,14 @@ class TrainConfig:
     sequence_length: int = 64  # T, tokens in a sequence
     total_batch_size: int = 1024  # tokens per step, over all micro-steps and processes
     optimizer: Literal["adamw", "muon"] = "muon"  # adamw is the lecture's
-    max_lr: float = 1.5e-2  # learning rate after the warm-up; this one is for Muon, AdamW's is in RECIPES
+    max_lr: float = 1.5e-2  # learning rate after the warm-up; this one is for nano with Muon
     min_lr: float | None = None  # learning rate at the end of the cosine; None: a tenth of max_lr
     warmup_steps: int = 20  # steps of linear warm-up
     weight_decay: float = 0.1  # applied to matrices and embeddings only
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 36  # batches in a validation loss, over all processes; 36 cover input.txt's; 0: all
+    eval_batches: int = 36  # batches per validation loss, over all processes; 36 cover input.txt; 0: all
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
     log_every: int = 25  # steps between training losses in the console and log.txt; 0: none
@@ -241,7 +241,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # Returns no logits: the compiled step would store them until backward, and a zero gradient as large.
+        # No logits: the compiled step would keep them until backward, with a gradient of zeros as large.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -343,8 +343,8 @@ class GPT(nn.Module):
             return torch.optim.AdamW(groups, **kwargs)
         muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16's range is too narrow
         muon = Muon([*groups, dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype)], **kwargs)
-        # GradScaler lets a fused optimizer skip its own update on overflow, which Muon's part cannot do. With
-        # False GradScaler skips step() itself.
+        # GradScaler lets a fused optimizer skip its own update on overflow, which Muon's part cannot do. This
+        # makes GradScaler skip step() instead.
         muon._step_supports_amp_scaling = False
         return muon
 
@@ -460,6 +460,8 @@ def data_files(path):
     if not path.is_dir():
         return KINDS.get(path.suffix.lower(), TEXTS), [path]
     files = [file for file in sorted(path.iterdir()) if not PASSED_OVER.match(file.name)]
+    if {"train.bin", "val.bin"} <= {file.name for file in files}:  # nanoGPT's folders hold the text, too
+        files = [path / "train.bin", path / "val.bin"]
     kinds = {KINDS.get(file.suffix.lower()) for file in files}
     names = ", ".join(file.name for file in files[:4]) or "nothing"
     require(len(kinds) == 1 and None not in kinds, f"--data {path} holds {names}; a folder may hold .txt "
@@ -483,7 +485,7 @@ def read_texts(kind, files, size=PIECE):
                 rest, decoder = EOT_TEXT, codecs.getincrementaldecoder("utf-8-sig")()
                 while chunk := file.read(size):
                     rest = (rest + decoder.decode(chunk)).replace("\r\n", "\n")
-                    require("\0" not in rest, f"cannot read {path} as UTF-8: it holds a NUL")
+                    require("\0" not in rest, f"cannot read {path} as UTF-8: it holds a NUL, as UTF-16 does")
                     if cut := re.match(f"(?s).*{CUT}", rest):
                         yield cut[0], n_bytes + file.tell()
                         rest = rest[cut.end():]
@@ -526,7 +528,7 @@ def load_tokens(path, split):
     if kind == TEXTS:
         data = "".join(data)
         if not is_folder:
-            data = data.removeprefix(EOT_TEXT)  # nothing before it to be separated from
+            data = data.removeprefix(EOT_TEXT)  # a single text needs no separator
     cut = int(0.9 * len(data))
     data = data[:cut] if is_train else data[cut:]
     if kind == TOKENS:
@@ -557,15 +559,15 @@ def open_shard(path):
         return np.memmap(path, dtype="<u2", mode="r")
 
 def write_shards(data, folder, shard_size):  # [3:10:21]
-    """data: as --data, texts of any size -> token shards in folder, in the lecture's format; the last tenth
-    of the bytes, at most shard_size of them, and the piece in which that begins are for validation."""
+    """data: as --data, texts of any size -> token shards in folder, in the lecture's format. The end is for
+    validation: the last tenth or, if less, shard_size bytes, rounded to begin with a whole piece."""
     (kind, files), folder = data_files(data), Path(folder)
     require(shard_size > 0, f"--shard_size must be a number of at least 1, not {shard_size}")
     require(kind != TOKENS, f"--data {data} holds tokens already")
     is_free = all(PASSED_OVER.match(file.name) for file in folder.glob("*"))
     require(is_free, f"--write_shards {folder} is not empty")
     n_bytes = sum(file.stat().st_size for file in files)
-    val_from = n_bytes - min(n_bytes // 10, shard_size)  # a token is at least one byte: one shard of them
+    val_from = n_bytes - min(n_bytes // 10, shard_size)  # n bytes make at most n tokens: about a shard
     waiting, split, paths = bytearray(), "train", []  # waiting: tokens not yet in a shard, as bytes
 
     def save():  # the next shard: all that is waiting, up to shard_size tokens
@@ -578,10 +580,11 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
             np.lib.format.write_array_header_1_0(file, header)
             file.write(tokens)  # np.save would not say that the disk is full
 
-    size = min(PIECE, 1 + n_bytes // 100)  # 100 pieces or more, to be cut between them
+    size = min(PIECE, 1 + n_bytes // 100)  # 100 pieces or more, to split between
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
         for tokens, n_read in tokenize(read_texts(kind, files, size)):
-            if split == "train" and n_read > val_from and waiting:  # train gets at least the first piece
+            # Nothing is waiting before the first piece, and only then: train gets at least that.
+            if split == "train" and n_read > val_from and waiting:
                 save()
                 split = "val"
             waiting += tokens.tobytes()
@@ -605,12 +608,12 @@ class DataLoaderLite:  # [1:02:00]
         sizes = np.array([len(tokens) for tokens in shards])
         max_offset = 0 if seed is None else T - 1
         n = (sizes - 1 - max_offset) // T  # windows that fit at any offset; -1: the last is only a target
-        # A shard too short for that has one window, at smaller offsets, if it has the T + 1 tokens of one.
+        # A shard too short for that still gets one, if it has T + 1 tokens, at a limited offset.
         self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # (shards)
         self.n_windows = int(self.shard_windows.sum())
         require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
                 f"and a window of --sequence_length {T} takes {T + 1}")
-        # Read some 32 windows, spread out: get raises now if the data has another vocabulary.
+        # Read about 32 windows, spread out: get raises now if the data has another vocabulary.
         self.get(range(0, self.n_windows, 1 + self.n_windows // 32))
 
     @functools.lru_cache(maxsize=2)  # the last two used: memory does not grow with the corpus
@@ -633,8 +636,8 @@ class DataLoaderLite:  # [1:02:00]
             if self.seed is not None:
                 np.random.default_rng((self.seed, epoch)).shuffle(shards)
             ends = np.cumsum(self.shard_windows[shards])  # windows up to each shard's end
-            nth = np.searchsorted(ends, i, side="right")
-            shard = int(shards[nth])  # holds window i
+            nth = np.searchsorted(ends, i, side="right")  # the first shard that ends beyond window i
+            shard = int(shards[nth])
             offset, order = self.window_order(epoch, shard)
             before = ends[nth] - len(order)  # windows in the shards before this one
             window = int(order[i - before])
@@ -656,7 +659,7 @@ class DataLoaderLite:  # [1:02:00]
 
 
 # 4 Evaluation [3:23:10] ---
-@torch.no_grad()  # no model.eval(): without dropout it changes nothing (with it: here, HellaSwag, generate)
+@torch.no_grad()  # no model.eval(): there is no dropout (if you add it: here, evaluate_hellaswag, generate)
 def evaluate(model, loader, eval_batches, autocast, device):
     """-> mean loss in nats over the first eval_batches batches of B (0: over the whole split)."""
     n = min(loader.n_windows, eval_batches * loader.B) if eval_batches > 0 else loader.n_windows
@@ -674,11 +677,12 @@ def read_hellaswag(path):
     with explain(f"cannot read --hellaswag {path}"), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             with explain(f"--hellaswag {path}:{number} has no ctx, endings and label"):
-                example = json.loads(line)
-                ctx = enc.encode_ordinary(example["ctx"]) or [EOT]
-                endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
-                label = range(len(endings)).index(int(example["label"]))  # raises if it is out of range
-                examples.append((ctx, endings, label))
+                if line.strip():
+                    example = json.loads(line)
+                    ctx = enc.encode_ordinary(example["ctx"]) or [EOT]
+                    endings = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
+                    label = range(len(endings)).index(int(example["label"]))  # raises if out of range
+                    examples.append((ctx, endings, label))
         require(examples, f"--hellaswag {path} is empty")
     return examples
 
@@ -740,12 +744,12 @@ def plot_losses(path, log):  # [3:43:05]
 
 # 5 Process and device [1:22:18] ---
 # This process's number and how many there are. torchrun sets all four variables; an incomplete set is from
-# another program (run refuses it if it speaks of several processes).
+# another program (run refuses it if it indicates several processes).
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
 
-# In process 0 alone: print, and a bar for what takes over 5 seconds, if there is a terminal to see it.
+# In process 0 alone: print, and a bar for anything over 5 seconds, if there is a terminal to see it.
 print0 = functools.partial(print, flush=True) if RANK == 0 else lambda *args, **kwargs: None
 progress = functools.partial(tqdm, delay=5, leave=False, disable=None if RANK == 0 else True)
 
@@ -846,7 +850,7 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
         return model
 
 def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
-    """Writes all that resuming needs, as tensors and plain values: weights_only loads no others."""
+    """Writes all that resuming needs, as tensors and plain values: weights_only loads nothing else."""
     with atomic_write(path) as tmp:
         torch.save(dict(
             step=step, position=loader.position, n_windows=loader.n_windows, log=log,
@@ -897,16 +901,17 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
         shutil.rmtree(out_dir / "model", ignore_errors=True)
 
     # The best loss so far is read from model/config.json, not from log: a run that is killed after it wrote
-    # model/ and before its next checkpoint resumes with an older log.
+    # model/ and before its next checkpoint resumes with an older log, and would replace better weights.
     held = {}  # what model/ holds: step and val_loss
     with suppress(OSError, ValueError):
         held = json.loads((out_dir / "model" / "config.json").read_text())
     val_loss, _ = log.get((step, "val"), (math.inf, 0))  # inf: not evaluated at this step
     is_new_best = val_loss < held.get("val_loss", math.inf)
-    is_unmeasured = is_end and "val_loss" not in held  # no loss was measured: model/ gets the last weights
+    is_unmeasured = is_end and "val_loss" not in held  # nothing was measured: model/ gets the last weights
 
     lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-    writers = {"log.txt": lambda path: path.write_text("".join(lines))}  # whole: a kill may have cut it
+    # In full each time, not appended to: it mends a log that a kill or a full disk cut short.
+    writers = {"log.txt": lambda path: path.write_text("".join(lines))}
     if is_new_best or is_unmeasured:
         held = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
         writers["model"] = lambda path: model.save_pretrained(path, **held)
@@ -1009,7 +1014,8 @@ def require(is_so, sentence):
     if not is_so:
         raise UserError(sentence)
 
-OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|overflowed")  # "size calculation overflowed"
+# What PyTorch says on CUDA and on a CPU. It is looked for in str(e): repr(e) may quote the user's text.
+OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|size calculation overflowed")
 
 @contextmanager
 def explain(doing):
@@ -1017,7 +1023,7 @@ def explain(doing):
     try:
         yield
     except Exception as e:
-        if isinstance(e, UserError) or OUT_OF_MEMORY.search(repr(e)):
+        if isinstance(e, UserError) or OUT_OF_MEMORY.search(f"{type(e).__name__} {e}"):
             raise
         raise UserError(f"{doing}: {str(e) or repr(e)}") from e
 
@@ -1033,7 +1039,7 @@ def atomic_write(path):
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())  # on the disk before the rename, or a power cut empties it
         if tmp.is_dir() and path.exists():  # os.replace cannot overwrite a folder
-            os.replace(path, tmp.parent / "old")  # is deleted with tmp.parent
+            os.replace(path, tmp.parent / f"{path.name}.old")  # is deleted with tmp.parent
         os.replace(tmp, path)
     finally:
         shutil.rmtree(tmp.parent, ignore_errors=True)
@@ -1074,11 +1080,11 @@ def choose_shape(given):
     return config, ckpt
 
 def choose_numbers(given, config, ckpt):
-    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, where the values come from
-    that no flag gives). Raises UserError if they contradict each other."""
-    numbers = vars(TrainConfig())  # what no flag gives: the defaults, below the checkpoint's or recipe's
+    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, name of the checkpoint or
+    recipe that gives what no flag does). Raises UserError if the numbers contradict each other."""
+    numbers = vars(TrainConfig())  # the defaults; the checkpoint or recipe replaces some, then the flags do
     given = {name: value for name, value in given.items() if name in numbers}  # the shape is config's
-    wanted = numbers | given
+    wanted = numbers | given  # says which recipe; not final
 
     # ---- a flag beats the checkpoint or recipe, which beats the default ----
     if ckpt:
@@ -1159,7 +1165,7 @@ def run_in(given):
     config, ckpt = choose_shape(given)
     cfg, source = choose_numbers(given, config, ckpt)
     if cfg.hellaswag:
-        read_hellaswag(cfg.hellaswag)  # so a broken file shows now
+        read_hellaswag(cfg.hellaswag)  # so that a broken file is reported now
     kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (None, [])
 
     # ---- the model ----
@@ -1196,7 +1202,7 @@ def run_in(given):
             can_go_on = step < cfg.max_steps and cfg.save_every > 0
             how = f"; continue with --init_from resume --out_dir {cfg.out_dir}" if can_go_on else ""
             print0(f"stopped at step {step}{how}")
-            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # if another process got it
+            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # if only another got it
             sys.exit(128 + number)  # as a shell reports it
     else:
         if cfg.hellaswag:
@@ -1244,14 +1250,14 @@ def main(argv=None):  # [3:59:39]
     and a lack of memory raise SystemExit with one sentence; a bug shows its stack trace."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported by now
     with suppress(AttributeError):  # a notebook's stdout has no reconfigure
-        sys.stdout.reconfigure(errors="replace")  # for files on Windows
+        sys.stdout.reconfigure(errors="replace")  # on Windows a file may lack some characters
     try:
         run(parse_flags(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         sys.exit(130)  # a shell's code for Ctrl-C
     except Exception as e:
         is_mistake = isinstance(e, (UserError, OSError))
-        if not is_mistake and not OUT_OF_MEMORY.search(repr(e)):
+        if not is_mistake and not OUT_OF_MEMORY.search(f"{type(e).__name__} {e}"):
             raise
         advice = "" if is_mistake else "halve --batch_size, or take a smaller --model: "
         sentence = (str(e) or repr(e)).splitlines()[0]
@@ -1272,8 +1278,8 @@ def plain_attention(q, k, v, is_causal):
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
-    """nn.Linear for up to 15 rows of float32, as in sampling: on AMD's processors one product is slow. Blocks
-    of 64 outputs, multiplied as a batch: x 1.58 (Intel with AMX: x 0.94 for one row, x 1.27 for five)."""
+    """nn.Linear for up to 15 rows of float32, as in sampling: on AMD's processors a single product is slow.
+    Blocks of 64 outputs as a batch: x 1.58 there (Intel with AMX: x 0.94 for one row, x 1.27 for five)."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)

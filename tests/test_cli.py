@@ -184,6 +184,7 @@ def test_bad_input_gets_one_sentence(text, tmp_path, monkeypatch, capsys, flags,
     for name in "train.bin", "val.bin":
         (np.arange(1000) % 65).astype("<u2").tofile(tmp_path / "char" / name)
     (tmp_path / "char" / "meta.pkl").write_bytes(b"not to be unpickled")
+    (tmp_path / "char" / "input.txt").write_text("nanoGPT's folders hold the text beside its tokens")
     run = ["--device=cpu"] if flags[0] == "--init_from=pretrained" else TINY_RUN
     code = exit_code(*run, "--data", text, *flags)  # any other exception would be a stack trace
     err = capsys.readouterr().err
@@ -222,6 +223,12 @@ def test_a_hellaswag_file_is_looked_for_before_anything_is_lost(cli, text, tmp_p
     done = cli(*TINY_RUN, "--data", text, "--overwrite", "--hellaswag=nowhere.jsonl")
     assert done.returncode == 1 and "cannot read --hellaswag nowhere.jsonl: [Errno 2]" in done.stderr
     assert before == {path: path.read_bytes() for path in (tmp_path / "log").iterdir() if path.is_file()}
+
+
+def test_a_text_that_speaks_of_memory_is_no_lack_of_it(cli, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("Zoë could not allocate the river that overflowed, out of memory".encode("latin1"))
+    done = cli(*TINY_RUN, "--data=latin1.txt")
+    assert done.returncode == 1 and "cannot read latin1.txt as UTF-8" in done.stderr and "halve" not in done.stderr
 
 
 def test_an_overflow_before_a_sample_is_a_sentence(cli, text):

@@ -116,3 +116,9 @@ def test_through_the_command_line(cli, text, tmp_path):
     assert f"HellaSwag acc_norm {float(hella[-1][2]):.4f} | acc" in alone and "| 6 examples" in alone
     missing = cli(*TINY_RUN, "--data", text, "--hellaswag=nowhere.jsonl", "--out_dir=other")
     assert missing.returncode == 1 and "nowhere.jsonl" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_blank_lines_are_no_examples(tmp_path):
+    path = write(tmp_path / "h.jsonl", made_examples(2))
+    path.write_text("\n" + path.read_text() + "\n\n")
+    assert len(read_hellaswag(path)) == 2
