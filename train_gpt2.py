@@ -38,7 +38,7 @@ if __name__ == "__main__":  # no stack trace for Ctrl-C while torch is being imp
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 # Let OpenMP's waiting threads sleep sooner and leave the cores to others; must be set before importing torch.
-# A training step is 1.8 times as fast next to three busy programs, 2% slower alone (bfloat16, two AMX cores).
+# With it a training step is 1.8 times as fast beside three busy programs, 2% slower alone (two AMX cores).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # Linux
 os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; unmeasured
 
@@ -152,7 +152,7 @@ class KVCache:
 
 class CausalSelfAttention(nn.Module):
     """Every position looks at itself and those before. x: (B, T, C) -> (B, T, C)."""
-    attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18] flash; section 8 replaces it
+    attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18] flash; on a CPU: section 8
 
     def __init__(self, config):
         super().__init__()
@@ -204,8 +204,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
-        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # rows beyond these are never sampled
-        self.reads_texts = self.n_tokens >= N_TOKENS  # its ids are GPT-2's; from_pretrained checks it
+        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # rows beyond are never sampled
+        self.reads_texts = self.n_tokens >= N_TOKENS  # its ids are GPT-2's; from_pretrained asks
         self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -366,8 +366,8 @@ def pretrained_config(name):  # [3:39]
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for groups with a "muon" entry, a dtype: a matrix moves by its averaged
-    gradient made orthogonal. Then step() sets their gradients to None and calls AdamW's step() (Loshchilov &
-    Hutter 2019) for the rest. To the scaler and the checkpoint it is one optimizer."""
+    gradient made orthogonal. Then step() sets these matrices' gradients to None, so that AdamW's step()
+    (Loshchilov & Hutter 2019) passes over them. To the scaler and the checkpoint it is one optimizer."""
 
     @torch.no_grad()
     def step(self):
@@ -560,7 +560,7 @@ def open_shard(path):
 
 def write_shards(data, folder, shard_size):  # [3:10:21]
     """data: as --data, texts of any size -> token shards in folder, in the lecture's format. The end is for
-    validation: the last tenth or, if less, shard_size bytes, rounded to begin with a whole piece."""
+    validation: the last tenth or, if less, shard_size bytes, beginning with a whole piece."""
     (kind, files), folder = data_files(data), Path(folder)
     require(shard_size > 0, f"--shard_size must be a number of at least 1, not {shard_size}")
     require(kind != TOKENS, f"--data {data} holds tokens already")
@@ -580,10 +580,11 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
             np.lib.format.write_array_header_1_0(file, header)
             file.write(tokens)  # np.save would not say that the disk is full
 
-    size = min(PIECE, 1 + n_bytes // 100)  # 100 pieces or more, to split between
+    size = min(PIECE, 1 + n_bytes // 100)  # 100 or more, to split between them
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
         for tokens, n_read in tokenize(read_texts(kind, files, size)):
-            # Nothing is waiting before the first piece, and only then: train gets at least that.
+            # val begins with the piece that reaches beyond val_from, but never with the first piece, the
+            # only one that finds nothing waiting (the while below always leaves something).
             if split == "train" and n_read > val_from and waiting:
                 save()
                 split = "val"
@@ -591,7 +592,10 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
             while len(waiting) > 2 * shard_size:  # not >=: something is left for the save() that ends a split
                 save()
             bar.update(n_read - bar.n)
-    require(split == "val", f"--data {data} is in one piece: there is nothing to cut off for validation")
+    if split == "train":
+        for path in paths:  # of a piece larger than a shard
+            path.unlink()
+        raise UserError(f"--data {data} is in one piece: there is nothing to cut off for validation")
     save()
     print0(f"{folder}/ holds {len(paths)} shards: train on them with --data {folder}")
 
@@ -636,7 +640,7 @@ class DataLoaderLite:  # [1:02:00]
             if self.seed is not None:
                 np.random.default_rng((self.seed, epoch)).shuffle(shards)
             ends = np.cumsum(self.shard_windows[shards])  # windows up to each shard's end
-            nth = np.searchsorted(ends, i, side="right")  # the first shard that ends beyond window i
+            nth = np.searchsorted(ends, i, side="right")  # the first shard to end beyond window i
             shard = int(shards[nth])
             offset, order = self.window_order(epoch, shard)
             before = ends[nth] - len(order)  # windows in the shards before this one
@@ -749,7 +753,7 @@ IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
 
-# In process 0 alone: print, and a bar for anything over 5 seconds, if there is a terminal to see it.
+# In process 0 alone: print, and a bar for anything over 5 seconds, if a terminal shows it.
 print0 = functools.partial(print, flush=True) if RANK == 0 else lambda *args, **kwargs: None
 progress = functools.partial(tqdm, delay=5, leave=False, disable=None if RANK == 0 else True)
 
@@ -886,16 +890,16 @@ def stop_later(number, frame):
         os.write(2, b"\nfinishing this step; press again to stop now\n")
 
 def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
-    """Called after update number `step`: writes log.txt; model/ if the validation loss is the lowest so
-    far; the others when they are due. A failed write (a full disk) is a warning, or at the end of the run a
-    UserError. Weights that are not finite are never put into a checkpoint: a UserError."""
+    """Called after update number `step`: writes log.txt; model/ if the validation loss is the lowest after
+    any update so far; the others when they are due. A failed write (a full disk) is a warning, or at the
+    end of the run a UserError. Weights that are not finite are never put into a checkpoint: a UserError."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
     is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
     require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
     if RANK > 0:
         return
-    if step == 1 and cfg.init_from != "resume":  # an update has worked: an old run's files may go
+    if step == 1 and cfg.init_from != "resume":  # it has worked: an old run's files may go
         for old in filter(Path.is_file, (out_dir / "ckpt.pt", out_dir / "loss.png")):
             old.unlink()
         shutil.rmtree(out_dir / "model", ignore_errors=True)
@@ -949,7 +953,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     start = restore(ckpt, optimizer, scaler, loader)
     log = ckpt.get("log", {})  # {(step, stream): (value, tokens seen)}, the lines of log.txt
 
-    # ---- model trains; raw_model, which it wraps, evaluates and samples (lengths vary) and is saved ----
+    # ---- model trains; raw_model, which it wraps, evaluates (lengths vary), samples and is saved ----
     model = raw_model
     if cfg.compile and device.type != "mps":  # compiled results are wrong on MPS
         model = compile_model(raw_model, loader, autocast, device)
@@ -977,7 +981,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
             log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
 
-        # ---- save the weights after the update of the round before ----
+        # ---- save the weights that the previous round's update made ----
         if step > start or is_last:
             save_run(step, is_last or stop, raw_model, optimizer, scaler, loader, cfg, log)
         if is_last or stop:
@@ -1014,7 +1018,7 @@ def require(is_so, sentence):
     if not is_so:
         raise UserError(sentence)
 
-# What PyTorch says on CUDA and on a CPU. It is looked for in str(e): repr(e) may quote the user's text.
+# What PyTorch says when memory runs out. It is looked for in str(e), as repr(e) may quote a user's text.
 OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|size calculation overflowed")
 
 @contextmanager
@@ -1198,16 +1202,16 @@ def run_in(given):
         step = train(cfg, model.float(), ckpt, device, dtype)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if step < cfg.max_steps or SIGNALS:
+        if step < cfg.max_steps or SIGNALS:  # SIGNALS: in the last evaluation
             can_go_on = step < cfg.max_steps and cfg.save_every > 0
             how = f"; continue with --init_from resume --out_dir {cfg.out_dir}" if can_go_on else ""
             print0(f"stopped at step {step}{how}")
-            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # if only another got it
+            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # if only others got one
             sys.exit(128 + number)  # as a shell reports it
     else:
         if cfg.hellaswag:
             evaluate_hellaswag(model, cfg.hellaswag)
-        model.to(dtype)  # it will not train, and weights of half the size are read in half the time
+        model.to(dtype)  # nothing trains now, and 16 bits are read in half the time
     if cfg.num_samples > 0 and RANK == 0:
         sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
@@ -1250,7 +1254,7 @@ def main(argv=None):  # [3:59:39]
     and a lack of memory raise SystemExit with one sentence; a bug shows its stack trace."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported by now
     with suppress(AttributeError):  # a notebook's stdout has no reconfigure
-        sys.stdout.reconfigure(errors="replace")  # on Windows a file may lack some characters
+        sys.stdout.reconfigure(errors="replace")  # a file's encoding on Windows lacks some
     try:
         run(parse_flags(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:

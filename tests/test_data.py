@@ -242,6 +242,9 @@ def test_what_cannot_be_cut_makes_no_shards(tmp_path, name, text):
     with pytest.raises(UserError, match=f"--data .*{name} is in one piece"):
         write_shards(tmp_path / name, tmp_path / "shards", 10**6)
     assert not (tmp_path / "shards").exists()
+    with pytest.raises(UserError, match="in one piece"):
+        write_shards(tmp_path / name, tmp_path / "small", 1)  # shards are full before that shows
+    assert not list(tmp_path.glob("small/*"))
 
 
 @pytest.mark.parametrize("text", ["one two three four", "a b c d e f"])
