@@ -205,7 +205,7 @@ class GPT(nn.Module):
         self.config = config
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
         self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # rows beyond are never sampled
-        self.reads_texts = self.n_tokens >= N_TOKENS  # its ids are GPT-2's; from_pretrained asks
+        self.reads_texts = self.n_tokens >= N_TOKENS  # GPT-2's ids? from_pretrained checks
         self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -262,7 +262,7 @@ class GPT(nn.Module):
         sd, sd_hf = {}, model_hf.state_dict()
         for k, _ in model.named_parameters():
             w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
-            sd[k] = w.clone(memory_format=torch.contiguous_format)  # a copy: w may be memory-mapped
+            sd[k] = w.clone(memory_format=torch.contiguous_format)  # a copy, as w may be memory-mapped
             require(w.sum(dtype=torch.float32).isfinite(), f"{name}: {k} is not finite")
         # named_parameters has the tied matrix once, as wte; assign=True unties it: tie it again.
         model.load_state_dict(sd, strict=False, assign=True)
@@ -438,7 +438,7 @@ def read_tokenizer(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # may download its files
         same_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
         is_gpt2s = same_tokens and tokenizer(text)["input_ids"] == enc.encode(text)  # splits a text alike
-    folder = Path(transformers.utils.cached_file(name, "config.json")).parent  # the tokenizer's files, too
+    folder = Path(transformers.utils.cached_file(name, "config.json")).parent  # with the tokenizer
     pattern = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
     found = [file for file in folder.iterdir() if pattern.match(file.name) and file.is_file()]
     files = {file.name: file.read_bytes() for file in found}
@@ -580,7 +580,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
             np.lib.format.write_array_header_1_0(file, header)
             file.write(tokens)  # np.save would not say that the disk is full
 
-    size = min(PIECE, 1 + n_bytes // 100)  # 100 or more, to split between them
+    size = min(PIECE, 1 + n_bytes // 100)  # of a piece: there are 100 or more
     with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
         for tokens, n_read in tokenize(read_texts(kind, files, size)):
             # val begins with the piece that reaches beyond val_from, but never with the first piece, the
@@ -899,7 +899,7 @@ def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
     require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
     if RANK > 0:
         return
-    if step == 1 and cfg.init_from != "resume":  # it has worked: an old run's files may go
+    if step == 1 and cfg.init_from != "resume":  # a step has worked: old files may go
         for old in filter(Path.is_file, (out_dir / "ckpt.pt", out_dir / "loss.png")):
             old.unlink()
         shutil.rmtree(out_dir / "model", ignore_errors=True)
@@ -1103,7 +1103,8 @@ def choose_numbers(given, config, ckpt):
         elif wanted["model"] != "nano":
             recipe = "lecture"
         else:
-            recipe = "laptop" if wanted["optimizer"] == "muon" else "laptop with adamw"
+            is_default = wanted["optimizer"] == numbers["optimizer"]
+            recipe = "laptop" if is_default else "laptop with adamw"
         source = f"the {recipe} recipe"
         size = min(MODELS, key=lambda name: abs(MODELS[name]["n_embd"] - config.n_embd))
         numbers |= {k: v[size] if isinstance(v, dict) else v for k, v in RECIPES[recipe].items()}

@@ -193,6 +193,9 @@ def test_an_edit_of_the_defaults_shows_in_the_bare_run(monkeypatch):
     monkeypatch.setattr(train_gpt2, "TrainConfig", dataclasses.make_dataclass(
         "Edited", [("max_lr", float, 0.123)], bases=(TrainConfig,)))
     assert choose_numbers({}, NANO_SHAPE, {})[0].max_lr == 0.123
+    monkeypatch.setattr(train_gpt2, "TrainConfig", dataclasses.make_dataclass(
+        "Edited", [("optimizer", str, "adamw"), ("max_lr", float, 0.123)], bases=(TrainConfig,)))
+    assert choose_numbers({}, NANO_SHAPE, {})[0].max_lr == 0.123  # beside another edit, too
     monkeypatch.setitem(RECIPES["lecture"], "max_lr", 0.5)
     assert choose_numbers(dict(model="gpt2"), GPT2_SHAPE, {})[0].max_lr == 0.5
 
