@@ -13,12 +13,8 @@ loss), optimizer_step (to new weights), train (the loop around these), GPT.gener
 `require` and `explain` (section 7) turn a user's mistake into one sentence; `atomic_write` (7) writes a file
 whole or not at all; `print0` and `progress` (5) print in the first process alone.
 """
-import argparse
-import codecs
-import difflib
 import functools
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -28,25 +24,22 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+import zlib
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
-if __name__ == "__main__":  # no stack trace for Ctrl-C while torch is being imported
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-
-# Let OpenMP's waiting threads sleep sooner and leave the cores to others; must be set before importing torch.
-# With it a training step is 1.8 times as fast beside three busy programs, 2% slower alone (two AMX cores).
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # Linux
-os.environ.setdefault("KMP_BLOCKTIME", "1")  # macOS and Windows, in ms; 200 by default; unmeasured
+# OpenMP's threads spin while they wait. Spinning less leaves the cores to other programs: beside three busy
+# programs a step is 1.8 times as fast, alone 2% slower (two AMX cores). Read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from filelock import FileLock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -60,34 +53,32 @@ PADDED_VOCAB_SIZE = 50304  # a multiple of 128, which matrix kernels like [2:06:
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 124M's. A run takes the numbers of its row in MODELS."""
+    """The shape of a model; the defaults are GPT-2 124M's."""
     block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50257  # rows of the embedding; a run from scratch pads them to 50304
+    vocab_size: int = 50257  # rows of the embedding
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # channels of the residual stream, a multiple of n_head
 
-MODELS = {  # the sizes by name; edit them here, or override them by flags
-    "nano": dict(n_layer=6, n_head=6, n_embd=96, block_size=64),
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
-}
-
 @dataclass
-class TrainConfig:
-    """A run of the laptop model, unless one of RECIPES below replaces a number. Each field is also a flag."""
-    model: str = "nano"  # a row of MODELS; pretrained: a GPT-2 model id or a folder
+class TrainConfig(GPTConfig):
+    """One run. Defaults: the laptop run; a row of MODELS overrides them. Each field is a flag."""
+    model: str = ""  # a row of MODELS (empty: nano); with pretrained a GPT-2 model id or folder (empty: gpt2)
     init_from: Literal["scratch", "pretrained", "resume"] = "scratch"  # where the weights come from
     data: str = "input.txt"  # a text, a .jsonl, a token file, or a folder of one of these kinds
     out_dir: str = "log"  # folder for log.txt, ckpt.pt, loss.png, model/
     overwrite: bool = False  # start a new run even if out_dir holds one
     write_shards: str = ""  # a folder: tokenize --data into token shards there, then exit
-    shard_size: int = 100_000_000  # tokens in such a shard
+    shard_size: int = 100_000_000  # tokens in such a shard, at most
+
+    n_layer: int = 6  # transformer blocks
+    n_head: int = 6  # attention heads in a block
+    n_embd: int = 96  # channels of the residual stream, a multiple of n_head
+    block_size: int = 64  # longest context, in tokens
+    vocab_size: int = PADDED_VOCAB_SIZE  # rows of the embedding; 50304 are 50257 tokens and padding
 
     max_steps: int = 600  # optimizer steps in all; 0: none, only sample
-    batch_size: int = 16  # B, sequences in one micro-step of one process
+    batch_size: int = 16  # the most sequences that a process takes at once
     sequence_length: int = 64  # T, tokens in a sequence
     total_batch_size: int = 1024  # tokens per step, over all micro-steps and processes
     optimizer: Literal["adamw", "muon"] = "muon"  # adamw is the lecture's
@@ -98,7 +89,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 36  # batches per validation loss, over all processes; 36 cover input.txt; 0: all
+    eval_batches: int = 34  # batches of batch_size in a validation loss, over all processes; 0: all
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
     log_every: int = 25  # steps between training losses in the console and log.txt; 0: none
@@ -115,23 +106,25 @@ class TrainConfig:
     compile: bool = True  # torch.compile the training step
     shuffle: bool = True  # reshuffle the token windows each epoch; else read in order
 
-# AdamW's max_lr from scratch; GPT-3's for GPT-2's sizes (Brown et al. 2020, table 2.1). Finetuning: a tenth.
-ADAMW_LR = {"nano": 2e-3, "gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
+LECTURE = dict(  # a GPT-2 from scratch: 10B tokens, 375M of them warm-up; 16 sequences of the 124M fit 24 GB
+    optimizer="adamw", warmup_steps=715, weight_decay=0.1, max_steps=19073,
+    block_size=1024, batch_size=16, sequence_length=1024, total_batch_size=524288,
+    eval_every=250, eval_batches=160, save_every=1000)
 
-# The numbers depend on what is trained: a flag beats a recipe, a recipe beats the defaults above. A dict as a
-# value is {size: value}; a model with an n_embd of its own takes the size nearest to it.
-RECIPES = {
-    "laptop": dict(),  # nano from scratch: the defaults
-    "laptop with adamw": dict(max_lr=ADAMW_LR, warmup_steps=60),
-    "lecture": dict(  # a GPT-2 from scratch: 10B tokens, 375M of them warm-up; batch_size fits 24 GB
-        optimizer="adamw", max_lr=ADAMW_LR, warmup_steps=715, weight_decay=0.1,
-        max_steps=19073, batch_size=16, sequence_length=1024, total_batch_size=524288,
-        eval_every=250, eval_batches=160, save_every=1000),
-    "finetune": dict(  # --init_from pretrained; a tenth of the rate, so as not to undo the pretraining
-        model="gpt2", optimizer="adamw", max_lr={size: lr / 10 for size, lr in ADAMW_LR.items()},
-        max_steps=200, batch_size=4, sequence_length=256, total_batch_size=1024,
-        eval_every=50, save_every=100),
+MODELS = {  # what --model trains from scratch: all that differs from TrainConfig. max_lr is from GPT-3's
+    # table (Brown et al. 2020, table 2.1). A row of your own works like these.
+    "nano": dict(),
+    "gpt2": dict(LECTURE, n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),  # 124M parameters
+    "gpt2-medium": dict(LECTURE, n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),  # 355M
+    "gpt2-large": dict(LECTURE, n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),  # 774M
+    "gpt2-xl": dict(LECTURE, n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),  # 1558M
 }
+
+ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # for --optimizer adamw with a row that has no max_lr, as nano
+
+FINETUNE = dict(  # for --init_from pretrained: a rate low enough not to undo the pretraining
+    optimizer="adamw", max_lr=5e-5, max_steps=200, batch_size=4, sequence_length=256, total_batch_size=1024,
+    eval_every=50, save_every=100)
 
 
 # 2 Model [13:47] ---
@@ -156,19 +149,21 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, self.n_head = config.n_embd, config.n_head
-        require(C % self.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {self.n_head}")
-        self.c_attn = nn.Linear(C, 3 * C)  # all heads' q, k, v
-        self.c_proj = nn.Linear(C, C)
+        assert config.n_embd % config.n_head == 0
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # all heads' q, k, v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None):
         B, T, C = x.size()
-        qkv = self.c_attn(x).split(C, dim=2)  # 3 times (B, T, C)
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in qkv)  # (B, nh, T, hs)
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
-        # A single query may see all cached keys. is_causal, which aligns its mask at the top left, would show
-        # it only the first. (With T > 1 the cache was empty.)
+        # One new token attends to the whole cache and needs no mask; SDPA's causal mask would leave it
+        # position 0 only. Several tokens come only while the cache is empty (forward checks it).
         y = self.attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side
         return self.c_proj(y)
@@ -197,16 +192,14 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019)."""
-    # OpenAI used Conv1D where this file has nn.Linear: its checkpoints store these transposed.
+    # OpenAI's code has Conv1D where this file has nn.Linear, and stores these weights as (in, out).
     CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         is_padded = config.vocab_size == PADDED_VOCAB_SIZE
-        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # rows beyond are never sampled
-        self.reads_texts = self.n_tokens >= N_TOKENS  # GPT-2's ids? from_pretrained checks
-        self.tokenizer_files = {}  # {name: bytes}, if it was loaded with a tokenizer
+        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # padding is never sampled nor exported
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -223,7 +216,9 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            if name.endswith("c_proj.weight"):  # two per block add to the residual stream: keep its variance
+            # Each block adds the outputs of two of these to the residual stream; 1/sqrt(2 n_layer) keeps its
+            # variance from growing with depth.
+            if name.endswith("c_proj.weight"):
                 p *= (2 * self.config.n_layer) ** -0.5
 
     def forward(self, idx, targets=None, cache=None):  # [31:00]
@@ -241,77 +236,87 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # No logits: the compiled step would keep them until backward, with a gradient of zeros as large.
+        # The loss alone: a compiled step that also returned logits would hold them, and a gradient of zeros
+        # for them, until backward: (B, T, V) twice.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
-    def from_pretrained(cls, name):  # [28:08]
-        """name: a GPT-2 model id or HuggingFace folder -> GPT with its weights, in their dtype."""
+    def from_pretrained(cls, name, config=None):  # [28:08]
+        """name: a GPT-2 model id or HuggingFace folder; config: its GPTConfig, by default read from there
+        -> GPT with its weights, in their dtype. Raises UserError if they are not GPT-2's."""
         import transformers
-        config = pretrained_config(name)
+        config = config or pretrained_config(name)
         with explain(f"cannot load the weights of {name}"):
             model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
-                name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
-        for what, keys in info.items():  # missing, unexpected, mismatched: from_pretrained reports them
-            wrong = [k for k in keys if not str(k).endswith((".attn.bias", ".masked_bias"))]  # old masks
-            require(not wrong, f"the weights of {name} do not fit its config: {what} {wrong}")
+                name, dtype="auto", output_loading_info=True)
+        # transformers draws missing weights at random and passes over surplus ones. Here both are errors,
+        # except the causal masks that some checkpoints hold as buffers.
+        for what in "missing_keys", "unexpected_keys":
+            wrong = [k for k in info[what] if not k.endswith((".attn.bias", ".attn.masked_bias"))]
+            require(not wrong, f"cannot load the weights of {name}: {what} {wrong}")
         is_tied = model_hf.lm_head.weight is model_hf.transformer.wte.weight
         require(is_tied, f"cannot load the weights of {name}: its lm_head is not its wte")
-        with torch.device("meta"):  # allocates no weights: they are assigned below
+
+        with torch.device("meta"):  # parameters without memory: the weights take their places below
             model = cls(config)
         sd, sd_hf = {}, model_hf.state_dict()
-        for k, _ in model.named_parameters():
-            w = sd_hf[k].t() if k.endswith(cls.CONV1D) else sd_hf[k]
-            sd[k] = w.clone(memory_format=torch.contiguous_format)  # a copy, as w may be memory-mapped
-            require(w.sum(dtype=torch.float32).isfinite(), f"{name}: {k} is not finite")
-        # named_parameters has the tied matrix once, as wte; assign=True unties it: tie it again.
-        model.load_state_dict(sd, strict=False, assign=True)
-        model.lm_head.weight = model.transformer.wte.weight
-        model.n_tokens = config.vocab_size  # no row is our padding
-        uses_gpt2s, model.tokenizer_files = read_tokenizer(name)
-        model.reads_texts = uses_gpt2s and model.n_tokens >= N_TOKENS
+        for k, p in model.named_parameters():  # the tied matrix comes once, as wte
+            w = sd_hf[k]
+            if k.endswith(cls.CONV1D):
+                assert w.shape[::-1] == p.shape
+                w = w.t()
+            require(w.isfinite().all(), f"{name}: {k} is not finite")
+            # clone: w may be a view of the file, which can change.
+            sd[k] = nn.Parameter(w.clone(memory_format=torch.contiguous_format))
+        sd["lm_head.weight"] = sd["transformer.wte.weight"]
+        model.load_state_dict(sd, assign=True)
         return model
 
     @torch.no_grad()
-    def save_pretrained(self, folder, **notes):
-        """Writes a HuggingFace folder or, if it raises, nothing. notes go into its config.json."""
+    def save_pretrained(self, folder):
+        """Writes the model and GPT-2's tokenizer to folder, in HuggingFace's format. May raise UserError."""
         from safetensors.torch import save_file
         folder, c = Path(folder), self.config
-        is_free = not os.path.lexists(folder) or (folder / "config.json").exists()
-        require(is_free, f"{folder} exists and is not a model")  # it would be overwritten
+        folder.mkdir(parents=True, exist_ok=True)
         config = dict(
             architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=self.n_tokens,
-            n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            dtype=str(self.lm_head.weight.dtype).removeprefix("torch."), **notes)
+            n_positions=c.block_size, n_ctx=c.block_size,  # llama.cpp's converter reads n_ctx
+            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+            dtype=str(self.lm_head.weight.dtype).removeprefix("torch."))
         sd = {k: w.t().contiguous() if k.endswith(self.CONV1D) else w for k, w in self.state_dict().items()}
-        sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]  # unpadded
-        with explain(f"cannot write the model to {folder}"), atomic_write(folder) as tmp:
-            tmp.mkdir()
-            (tmp / "config.json").write_text(json.dumps(config, indent=2))
-            save_file(sd, tmp / "model.safetensors", {"format": "pt"})
-            for name, content in self.tokenizer_files.items():
-                (tmp / name).write_bytes(content)
-            if self.n_tokens == N_TOKENS and not self.tokenizer_files and VOCABULARY:  # GPT-2's tokens
-                (tmp / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
-                shutil.copy(VOCABULARY[0], tmp / "merges.txt")
-                shutil.copy(VOCABULARY[1], tmp / "vocab.json")
+        sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]  # without padding
+        with explain(f"cannot write the model to {folder}"):
+            with atomic_write(folder / "config.json") as tmp:
+                tmp.write_text(json.dumps(config, indent=2))
+            with atomic_write(folder / "model.safetensors") as tmp:
+                save_file(sd, tmp, {"format": "pt"})
+                shutil.copymode(folder / "config.json", tmp)  # save_file's: 0600
+            if self.n_tokens >= N_TOKENS and VOCABULARY:
+                from tokenizers import ByteLevelBPETokenizer
+                merges, vocab = VOCABULARY
+                shutil.copyfile(merges, folder / "merges.txt")
+                shutil.copyfile(vocab, folder / "vocab.json")
+                tokenizer = ByteLevelBPETokenizer(str(vocab), str(merges))
+                tokenizer.add_special_tokens([EOT_TEXT])
+                tokenizer.save(str(folder / "tokenizer.json"))  # all in one
+                settings = '{"tokenizer_class": "GPT2Tokenizer"}'
+                (folder / "tokenizer_config.json").write_text(settings)
 
     @torch.no_grad()
     # All but cuDNN's attention, which makes a new plan for each length:
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, on_token=None):
-        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. on_token
-        gets each new (B, 1) and returns True to stop. Positions are absolute, so a cache cannot slide: a full
-        one is rebuilt from the newest half of its tokens."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. Positions are
+        absolute, so a full cache cannot slide: it is rebuilt from the newest half of its tokens."""
         block_size = self.config.block_size
         cache = [KVCache(block_size) for _ in self.transformer.h]
         new = idx[:, -block_size:]  # (B, T), what is not in the cache yet
-        for _ in range(max_new_tokens):
+        for _ in progress(range(max_new_tokens), desc="sampling"):
             if cache[0].length + new.size(1) > block_size:
                 cache = [KVCache(block_size) for _ in self.transformer.h]
                 new = idx[:, -max(1, block_size // 2):]
             logits, _ = self(new, cache=cache)  # (B, 1, V)
-            logits = logits[:, -1, :self.n_tokens].float()  # (B, V), never padding
+            logits = logits[:, 0, :self.n_tokens].float()  # (B, V), never padding
             if temperature < 1e-6:
                 new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
@@ -321,90 +326,94 @@ class GPT(nn.Module):
                 choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
                 new = top_ids.gather(-1, choice)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
-            is_end = on_token(new) if on_token else False
-            if is_end:
-                break
         return idx
 
     def configure_optimizers(self, optimizer, weight_decay, learning_rate, dtype=torch.float32):  # [2:26:21]
-        """-> AdamW, with GPT-3's betas; or Muon, which takes the matrices inside the blocks, multiplies
-        them in dtype, and leaves the rest to AdamW."""
-        matrices, decayed, not_decayed = [], [], []
+        """-> list of optimizers: AdamW (Loshchilov & Hutter 2019) with GPT-3's betas, for all parameters; or
+        Muon, multiplying in dtype, for the matrices inside the blocks, and AdamW for the others."""
+        matrices, decayed, not_decayed = {}, [], []  # matrices: {shape: list}
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 not_decayed.append(p)  # biases and layer norms
             elif optimizer == "muon" and name.startswith("transformer.h."):
-                matrices.append(p)
+                matrices.setdefault(p.shape, []).append(p)
             else:
                 decayed.append(p)
-        groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=not_decayed, weight_decay=0.0)]
-        kwargs = dict(lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)  # [2:14:55]
+        adamw = torch.optim.AdamW(
+            [dict(params=decayed, weight_decay=weight_decay), dict(params=not_decayed, weight_decay=0.0)],
+            lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)  # [2:14:55]
         if optimizer == "adamw":
-            return torch.optim.AdamW(groups, **kwargs)
-        muon_dtype = torch.float32 if dtype == torch.float16 else dtype  # float16's range is too narrow
-        muon = Muon([*groups, dict(params=matrices, weight_decay=weight_decay, muon=muon_dtype)], **kwargs)
-        # GradScaler lets a fused optimizer skip its own update on overflow, which Muon's part cannot do. This
-        # makes GradScaler skip step() instead.
-        muon._step_supports_amp_scaling = False
-        return muon
+            return [adamw]
+        groups = [dict(params=params) for params in matrices.values()]
+        dtype = torch.float32 if dtype == torch.float16 else dtype  # float16's range is too narrow
+        defaults = dict(lr=learning_rate, weight_decay=weight_decay, dtype=dtype)
+        return [Muon(groups, defaults), adamw]
 
 def pretrained_config(name):  # [3:39]
-    """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if it is not a GPT-2."""
+    """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if model or tokenizer is not GPT-2's."""
     import transformers
     transformers.utils.logging.set_verbosity_error()  # GPT.from_pretrained raises where this would only warn
-    what = f"the local folder {name}" if Path(name).is_dir() else f"{str(name)!r} (not a local folder)"
-    with explain(f"cannot load {what} as a GPT-2 model id or folder"):
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        hint = f" (there is one in {folder / 'model'})" if (folder / "model" / "config.json").exists() else ""
+        raise UserError(f"cannot load {name}: no config.json in this folder{hint}")
+    with explain(f"cannot load {name} as a GPT-2 model id or a local folder"):
         hf = transformers.AutoConfig.from_pretrained(name)
-        for setting, values in dict(
-                model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"],
-                n_inner=[None, 4 * getattr(hf, "n_embd", 0)], layer_norm_epsilon=[1e-5],
-                scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False],
-                add_cross_attention=[False], tie_word_embeddings=[True]).items():
+        needed = dict(
+            model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"],
+            n_inner=[None, 4 * getattr(hf, "n_embd", 0)], layer_norm_epsilon=[1e-5],
+            scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False],
+            add_cross_attention=[False], tie_word_embeddings=[True])
+        for setting, values in needed.items():
             value = getattr(hf, setting, None)
             require(value in values, f"{name} has {setting}={value!r}, but this GPT needs {values[0]!r}")
-    return GPTConfig(hf.n_positions, hf.vocab_size, hf.n_layer, hf.n_head, hf.n_embd)
+    text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"  # other tokenizers give other ids
+    with explain(f"cannot load the tokenizer of {name}"):
+        ids = transformers.AutoTokenizer.from_pretrained(name)(text)["input_ids"]
+    # Where there are no tokenizer files, ids is empty: then the model is assumed to use GPT-2's.
+    require(ids in ([], get_tokenizer().encode(text)), f"{name} has another tokenizer than GPT-2's")
+    return GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size,
+                     n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
 
-class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for groups with a "muon" entry, a dtype: a matrix moves by its averaged
-    gradient made orthogonal. Then step() sets these matrices' gradients to None, so that AdamW's step()
-    (Loshchilov & Hutter 2019) passes over them. To the scaler and the checkpoint it is one optimizer."""
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): a matrix moves by its averaged gradient made orthogonal. A group holds the
+    matrices of one shape, which are orthogonalized as one batch (a step of nano is 1.1 times as fast), lr and
+    weight_decay like AdamW's, and dtype, in which the products are computed."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}  # matrices of one shape are multiplied together: nano's step is 1.1 times as fast
-            for p in group["params"]:
-                if "muon" not in group or p.grad is None:  # AdamW's, or frozen
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]  # the others are frozen
+            if not params:
+                continue
+            directions = []
+            for p in params:
                 state = self.state[p]
-                if not state:  # AdamW's load_state_dict expects a step
-                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 0.05)
-                p.grad.lerp_(state["momentum"], 0.95)  # Nesterov's
-                by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                grads = torch.stack([p.grad for p in params])  # (params, rows, columns)
-                updates = orthogonal(grads, group["muon"])
-                # An orthogonal matrix has entries of about 1 / sqrt(longer side). They are scaled to 0.2, the
-                # usual size of AdamW's updates, so that both can share a learning rate (Liu et al. 2025).
-                scale = 0.2 * math.sqrt(max(shape))
-                for p, update in zip(params, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-scale * group["lr"])
-                    p.grad = None
-        super().step()
+                direction = p.grad.lerp_(state["momentum"], 0.95)  # Nesterov: 0.05 grad + 0.95 momentum
+                directions.append(direction)
+            updates = orthogonal(torch.stack(directions), group["dtype"])  # (params, rows, columns)
+            # An orthogonal matrix has entries of about 1 / sqrt(longer side). They are scaled to 0.2, the
+            # usual size of AdamW's updates, so that both can share a learning rate (Liu et al. 2025).
+            scale = 0.2 * math.sqrt(max(params[0].shape))
+            for p, update in zip(params, updates):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-scale * group["lr"])
 
 def orthogonal(x, dtype=torch.float32):
-    """x: (n, rows, columns) -> the same singular vectors with singular values near 1, computed in dtype.
-    Newton-Schulz: an odd polynomial of a matrix acts on its singular values alone; five rounds with
-    Jordan's coefficients bring them all near 1, with nothing but matrix products."""
+    """x: (n, rows, columns) -> the same with singular values near 1, computed in dtype. Newton-Schulz: with
+    gram = x xT, the matrix (a + b gram + c gram^2) x has the singular vectors of x, and a s + b s^3 + c s^5
+    for each singular value s. Five rounds with Jordan's a, b, c bring every s in (0, 1] near 1."""
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
     is_tall = x.size(1) > x.size(2)
     x = x.mT.to(dtype) if is_tall else x.to(dtype)  # fewer rows make smaller products
-    for _ in range(5):  # x <- 3.4445 x + (-4.7750 gram + 2.0315 gram gram) x
+    for _ in range(5):
         gram = x @ x.mT  # (n, rows, rows)
-        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, poly, x, beta=3.4445)
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.baddbmm(x, poly, x, beta=a)  # a x + poly x
     return x.mT if is_tall else x
 
 
@@ -428,118 +437,95 @@ def get_tokenizer():  # [33:31]
         return tiktoken.Encoding(
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
-def read_tokenizer(name):
-    """name: as in from_pretrained -> (whether its tokenizer gives GPT-2's ids for each token and a sentence;
-    {name: bytes} of the tokenizer's files). A model without a tokenizer is taken to use GPT-2's."""
-    import transformers
-    enc, ids, is_gpt2s = get_tokenizer(), list(range(EOT)), False
-    text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"
-    with suppress(Exception):  # if transformers cannot load it, it is not GPT-2's
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # may download its files
-        same_tokens = tokenizer.decode(ids, clean_up_tokenization_spaces=False) == enc.decode(ids)
-        is_gpt2s = same_tokens and tokenizer(text)["input_ids"] == enc.encode(text)  # splits a text alike
-    folder = Path(transformers.utils.cached_file(name, "config.json")).parent  # with the tokenizer
-    pattern = re.compile(r"vocab|merges|tokenizer|special_tokens|added_tokens|.*\.model$")
-    found = [file for file in folder.iterdir() if pattern.match(file.name) and file.is_file()]
-    files = {file.name: file.read_bytes() for file in found}
-    settings = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
-    has_tokenizer = files.keys() - settings  # files of settings alone are not a tokenizer
-    return (is_gpt2s, files) if has_tokenizer else (True, {})
-
-TOKENS, DOCUMENTS, TEXTS = "tokens", "documents", "texts"  # kinds of data, by suffix:
-KINDS = {".npy": TOKENS, ".bin": TOKENS, ".jsonl": DOCUMENTS, ".json": DOCUMENTS, ".txt": TEXTS}
-# Files in a folder that are not data: hidden ones, readmes, licenses, code, nanoGPT's meta.pkl.
-PASSED_OVER = re.compile(r"(?i)^(\..*|(readme|licen[cs]e)(\.\w+)?|.*\.(md|py|pkl|tmp))$")
-PIECE = 2**18  # bytes or characters of a long text that are tokenized at once
-CUT = r"\S(?=[ \n])"  # where a long text is cut: GPT-2's pattern splits there too, so no token changes
+TOKENS, DOCUMENTS = (".npy", ".bin"), (".jsonl", ".json")  # endings of files; all others are texts
 
 def data_files(path):
-    """path: as --data -> (TOKENS, DOCUMENTS or TEXTS; its files in the order of their names)."""
+    """path: as --data -> list of the file itself or, by name, of a folder's files of the first kind that is
+    there: token shards, .jsonl, .txt. Raises UserError if there is none."""
     path = Path(path)
     require(path.exists(), f"--data {path} does not exist")
     if not path.is_dir():
-        return KINDS.get(path.suffix.lower(), TEXTS), [path]
-    files = [file for file in sorted(path.iterdir()) if not PASSED_OVER.match(file.name)]
-    if {"train.bin", "val.bin"} <= {file.name for file in files}:  # nanoGPT's folders hold the text, too
-        files = [path / "train.bin", path / "val.bin"]
-    kinds = {KINDS.get(file.suffix.lower()) for file in files}
-    names = ", ".join(file.name for file in files[:4]) or "nothing"
-    require(len(kinds) == 1 and None not in kinds, f"--data {path} holds {names}; a folder may hold .txt "
-            "files, or .jsonl files, or token shards (.npy, .bin)")
-    return kinds.pop(), files
+        return [path]
+    for endings in TOKENS, (".jsonl",), (".txt",):
+        files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in endings)
+        if files:
+            return files
+    raise UserError(f"--data {path} holds no .npy, .bin, .jsonl or .txt")
 
-def read_texts(kind, files, size=PIECE):
-    """Yields (string, bytes read so far): for DOCUMENTS each of them, for TEXTS pieces of about size bytes.
-    <|endoftext|> begins each document and each file of text."""
-    n_bytes, surrogates = 0, re.compile("[\ud800-\udfff]")  # lone surrogates, which JSON may hold
-    for path in files:
-        with explain(f"cannot read {path} as UTF-8"), open(path, "rb") as file:
-            if kind == DOCUMENTS:
-                for number, line in enumerate(file, 1):
-                    with explain(f"{path}:{number} is not a JSON object with a text"):
-                        if line.strip():
-                            text = json.loads(line.decode("utf-8-sig"))["text"]
-                            yield EOT_TEXT + surrogates.sub("\ufffd", text), n_bytes + file.tell()
-            else:
-                # rest: what has been read and not yielded. Each chunk yields it up to its last CUT.
-                rest, decoder = EOT_TEXT, codecs.getincrementaldecoder("utf-8-sig")()
-                while chunk := file.read(size):
-                    rest = (rest + decoder.decode(chunk)).replace("\r\n", "\n")
-                    require("\0" not in rest, f"cannot read {path} as UTF-8: it holds a NUL, as UTF-16 does")
-                    if cut := re.match(f"(?s).*{CUT}", rest):
-                        yield cut[0], n_bytes + file.tell()
-                        rest = rest[cut.end():]
-                yield rest + decoder.decode(b"", final=True), n_bytes + file.tell()
-            n_bytes += file.tell()
+PIECE = 2**18  # characters of a text or of documents that are tokenized at once
 
-def encode(text):
-    """-> (N,) uint16, the tokens of text, in which <|endoftext|> is one."""
-    try:
-        return get_tokenizer().encode_to_numpy(text, allowed_special="all").astype(np.uint16)
-    except ValueError:  # tiktoken's regular expression gives up on a million spaces in a row
-        half = len(text) // 2
-        return np.concatenate((encode(text[:half]), encode(text[half:])))
+def read_text(path):
+    """Yields an <|endoftext|> and then the text, in pieces. A piece ends before its trailing white space,
+    which begins the next one: GPT-2's pattern splits there too, so no token changes."""
+    rest = EOT_TEXT
+    with explain(f"cannot read {path} as UTF-8"), open(path, encoding="utf-8-sig") as file:
+        while lines := file.readlines(PIECE):
+            text = rest + "".join(lines)
+            require("\0" not in text, f"cannot read {path} as UTF-8: it has NULs, as UTF-16 does")
+            piece = text.rstrip()
+            rest = text[len(piece):]
+            yield piece
+    yield rest
 
-def tokenize(texts):
-    """texts: as from read_texts. Yields (tokens, (N,) uint16; bytes so far) in their order, on all cores."""
-    texts = iter(texts)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(itertools.islice(texts, 32 * os.cpu_count())):  # that many in memory
-            yield from zip(pool.map(encode, [text for text, _ in batch]), [n_bytes for _, n_bytes in batch])
+def read_documents(path):
+    """Yields the documents of a .jsonl, each after an <|endoftext|>, many in a piece."""
+    documents, size = [], 0
+    with explain(f"cannot read {path} as UTF-8"), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                with explain(f"{path}:{number} is not a JSON object on a line of its own"):
+                    document = {**json.loads(line)}  # raises if it is anything else, as an array
+                names = ", ".join(document) or "none"
+                is_text = isinstance(document.get("text"), str)
+                require(is_text, f'{path}:{number} has no string in a field "text"; its fields: {names}')
+                documents += [EOT_TEXT, document["text"]]
+            size += len(line)
+            if size > PIECE:
+                yield "".join(documents)
+                documents, size = [], 0
+    yield "".join(documents)
 
-def load_tokens(path, split):
-    """path: as --data; split: "train" or "val" -> list of (N,) uint16 arrays. val is the last 10% of the
-    characters, documents or tokens, but in a folder of shards the files with the word val in their names."""
-    kind, files = data_files(path)
-    is_folder, is_train = Path(path).is_dir(), split == "train"
+def tokenize(files):
+    """files: texts or .jsonl. Yields a list of token ids for each piece, made on all cores; each document
+    and each text begins with an <|endoftext|>."""
+    pieces = itertools.chain.from_iterable(
+        read_documents(file) if file.suffix.lower() in DOCUMENTS else read_text(file) for file in files)
+    n_cores, n_bytes = os.cpu_count(), sum(file.stat().st_size for file in files)
+    with progress(total=n_bytes, unit="B", unit_scale=True, desc="tokenizing") as bar:
+        while batch := list(itertools.islice(pieces, 4 * n_cores)):
+            with explain("cannot tokenize: a million spaces or newlines in a row are too many"):
+                yield from get_tokenizer().encode_batch(batch, num_threads=n_cores, allowed_special="all")
+            bar.update(sum(len(piece.encode(errors="replace")) for piece in batch))
 
-    if kind == TOKENS and is_folder:
-        words = {file: set(re.split("[^a-z]+", file.stem.lower())) for file in files}  # medieval is not val
-        val = [file for file in files if words[file] & {"val", "valid", "validation"}]
-        test = [file for file in files if "test" in words[file] and file not in val]
-        if is_train and test:
-            print0("left out, as test data:", *(file.name for file in test))
-        files = [file for file in files if file not in val + test] if is_train else val
-        require(files, f"--data {path} has no shards for {split} (val's have val in the name)")
-        return [open_shard(file) for file in files]
+def load_tokens(path):
+    """path: as --data -> (train, val), lists of (N,) uint16 arrays. In a folder of token shards, files with
+    the word train in their names are train, those with the word val are val; of anything else the last tenth
+    of the tokens is val. Token files are memory-mapped, a text's tokens are in the memory of each process."""
+    path, files = Path(path), data_files(path)
+    is_folder, are_tokens = path.is_dir(), files[0].suffix.lower() in TOKENS
+    what = f": {len(files)} {files[0].suffix}" if is_folder else ""
+    if is_folder and are_tokens:
+        words = {file: re.split("[^a-z]+", file.stem.lower()) for file in files}  # not "medieval"
+        val = [file for file in files if "val" in words[file]]
+        train = [file for file in files if "train" in words[file] and file not in val]
+        require(train and val, f"--data {path} has {len(train)} shards with the word train in their names, "
+                f"{len(val)} with the word val: it needs both")
+        files = train + val
+        what = f": {len(train)} shards to train on, {len(val)} to validate on"
+    n_others = len(list(path.iterdir())) - len(files) if is_folder else 0
+    others = f", {n_others} other files are not read" if n_others > 0 else ""
+    print0(f"reading {path}{what}{others}")
 
-    # Tokens, documents or characters; the last tenth of them is for validation.
-    data = open_shard(files[0]) if kind == TOKENS else [text for text, _ in read_texts(kind, files)]
-    if kind == TEXTS:
-        data = "".join(data)
-        if not is_folder:
-            data = data.removeprefix(EOT_TEXT)  # a single text needs no separator
-    cut = int(0.9 * len(data))
-    data = data[:cut] if is_train else data[cut:]
-    if kind == TOKENS:
-        return [data]
-
-    texts = data
-    if kind == TEXTS:
-        # The split's text in pieces again: PIECE characters and on to the next CUT; the last takes the rest.
-        texts = re.findall("(?s).{%d,}?%s|.+" % (PIECE, CUT), data)
-    bar = progress(tokenize((text, 0) for text in texts), total=len(texts), desc=f"tokenizing for {split}")
-    return [np.concatenate([np.zeros(0, np.uint16), *(tokens for tokens, _ in bar)])]  # zeros: if no text
+    if is_folder and are_tokens:
+        return [open_shard(file) for file in train], [open_shard(file) for file in val]
+    if are_tokens:
+        tokens = open_shard(path)
+    else:
+        tokens = np.fromiter(itertools.chain.from_iterable(tokenize(files)), dtype=np.uint16)
+    if not is_folder and path.suffix.lower() not in TOKENS + DOCUMENTS:
+        tokens = tokens[1:]  # a single text needs no <|endoftext|> before it
+    cut = int(0.9 * len(tokens))
+    return [tokens[:cut]], [tokens[cut:]]
 
 def open_shard(path):
     """path: a token file -> (N,) uint16, memory-mapped."""
@@ -556,96 +542,66 @@ def open_shard(path):
             return tokens
         is_bare = path.name in ("train.bin", "val.bin")  # nanoGPT
         require(is_bare, f"{path} begins with {magic}, not with [20240520, 1]")
+        has_characters = path.with_name("meta.pkl").exists()
+        require(not has_characters, f"{path}: the meta.pkl beside it says that its tokens are characters; "
+                "give the text itself as --data")
         return np.memmap(path, dtype="<u2", mode="r")
 
 def write_shards(data, folder, shard_size):  # [3:10:21]
-    """data: as --data, texts of any size -> token shards in folder, in the lecture's format. The end is for
-    validation: the last tenth or, if less, shard_size bytes, beginning with a whole piece."""
-    (kind, files), folder = data_files(data), Path(folder)
-    require(shard_size > 0, f"--shard_size must be a number of at least 1, not {shard_size}")
-    require(kind != TOKENS, f"--data {data} holds tokens already")
-    is_free = all(PASSED_OVER.match(file.name) for file in folder.glob("*"))
-    require(is_free, f"--write_shards {folder} is not empty")
-    n_bytes = sum(file.stat().st_size for file in files)
-    val_from = n_bytes - min(n_bytes // 10, shard_size)  # n bytes make at most n tokens: about a shard
-    waiting, split, paths = bytearray(), "train", []  # waiting: tokens not yet in a shard, as bytes
-
-    def save():  # the next shard: all that is waiting, up to shard_size tokens
-        tokens = np.frombuffer(waiting[:2 * shard_size], np.uint16)
-        del waiting[:2 * shard_size]
-        header = np.lib.format.header_data_from_array_1_0(tokens)
-        path = folder / f"{split}_{len(paths):06d}.npy"
-        paths.append(path)
-        with explain(f"cannot write {path}"), atomic_write(path) as tmp, open(tmp, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(tokens)  # np.save would not say that the disk is full
-
-    size = min(PIECE, 1 + n_bytes // 100)  # of a piece: there are 100 or more
-    with progress(total=n_bytes, unit="B", unit_scale=True, delay=0) as bar:
-        for tokens, n_read in tokenize(read_texts(kind, files, size)):
-            # val begins with the piece that reaches beyond val_from, but never with the first piece, the
-            # only one that finds nothing waiting (the while below always leaves something).
-            if split == "train" and n_read > val_from and waiting:
-                save()
-                split = "val"
-            waiting += tokens.tobytes()
-            while len(waiting) > 2 * shard_size:  # not >=: something is left for the save() that ends a split
-                save()
-            bar.update(n_read - bar.n)
-    if split == "train":
-        for path in paths:  # of a piece larger than a shard
-            path.unlink()
-        raise UserError(f"--data {data} is in one piece: there is nothing to cut off for validation")
-    save()
-    print0(f"{folder}/ holds {len(paths)} shards: train on them with --data {folder}")
+    """data: as --data, texts or .jsonl of any size -> token shards in folder, one after another, the first
+    for validation. All but the last have shard_size tokens, or fewer if the data would not fill ten."""
+    files, folder = data_files(data), Path(folder)
+    require(files[0].suffix.lower() not in TOKENS, f"--data {data} holds tokens already")
+    require(not any(folder.glob("*")), f"--write_shards {folder} is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    n_bytes = sum(file.stat().st_size for file in files)  # 0 for a pipe
+    if n_bytes > 0:
+        shard_size = min(shard_size, 1 + n_bytes // 4 // 10)  # a token is about 4 bytes; ten shards
+    tokens, n_shards = itertools.chain.from_iterable(tokenize(files)), 0
+    while True:
+        shard = np.fromiter(itertools.islice(tokens, shard_size), dtype=np.uint16)
+        if len(shard) == 0:
+            break
+        path = folder / f"{'val' if n_shards == 0 else 'train'}_{n_shards:06d}.npy"
+        with explain(f"cannot write {path} (is the disk full?)"), atomic_write(path) as tmp:
+            np.save(tmp, shard)
+        n_shards += 1
+    if n_shards == 1:
+        path.unlink()
+    require(n_shards > 1, f"--data {data} fills no second shard, to train on: lower --shard_size")
+    print0(f"{folder}/ holds {n_shards} shards: train on them with --data {folder}")
 
 class DataLoaderLite:  # [1:02:00]
-    """Batches of windows of T tokens. With a seed, each epoch shuffles the shards and their windows, and
-    starts each shard at a new random offset; without one, everything is read in order. No window crosses a
-    shard's end, as the next shard is another text: the tokens left over there are skipped (with a seed,
-    different ones each epoch). The only state is `position`, the windows taken so far by all processes
-    together, so N processes read the same windows per step as a single one would."""
+    """Batches of B windows of T tokens. Shards come one after another; with a seed the windows of each are
+    shuffled anew every epoch, without one all is read in order. No window crosses a shard's end, where
+    another text begins: the tokens left over there are skipped. The only state is `position`, the windows
+    taken so far by all processes together, so N processes read what a single one would."""
 
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, n_tokens=N_TOKENS, split="train"):
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
-        sizes = np.array([len(tokens) for tokens in shards])
-        max_offset = 0 if seed is None else T - 1
-        n = (sizes - 1 - max_offset) // T  # windows that fit at any offset; -1: the last is only a target
-        # A shard too short for that still gets one, if it has T + 1 tokens, at a limited offset.
-        self.shard_windows = np.where(sizes > T, np.maximum(n, 1), 0)  # (shards)
-        self.n_windows = int(self.shard_windows.sum())
-        require(self.n_windows > 0, f"--data is too short: its {split} split has {sizes.sum()} tokens, "
-                f"and a window of --sequence_length {T} takes {T + 1}")
-        # Read about 32 windows, spread out: get raises now if the data has another vocabulary.
-        self.get(range(0, self.n_windows, 1 + self.n_windows // 32))
-
-    @functools.lru_cache(maxsize=2)  # the last two used: memory does not grow with the corpus
-    def window_order(self, epoch, shard):
-        """-> (first token of the shard's first window in this epoch, the order of its windows)."""
-        n = int(self.shard_windows[shard])
-        if self.seed is None:
-            return 0, range(n)
-        rng = np.random.default_rng((self.seed, epoch, shard))
-        left_over = len(self.shards[shard]) - 1 - n * self.T  # tokens outside the windows
-        offset = rng.integers(min(left_over, self.T - 1) + 1)  # up to T - 1, less in a short shard
-        return offset, rng.permutation(np.arange(n, dtype=np.uint32))
+        n_windows = [max(0, len(tokens) - 1) // T for tokens in shards]  # -1: the last is only a target
+        self.starts = np.cumsum([0, *n_windows])  # each shard's first window; at the end n_windows
+        self.n_windows = int(self.starts[-1])
+        n = sum(map(len, shards))
+        require(self.n_windows > 0, f"--data is too short: its {split} split has {n} tokens, and a window of "
+                f"--sequence_length {T} takes {T + 1}")
+        # Read up to 32 windows, spread out: tokens of another vocabulary fail now, not in mid-run. Together
+        # with the number of windows they show a resumed run whether the data is the same.
+        x, _ = self.get(range(0, self.n_windows, 1 + self.n_windows // 32))
+        self.fingerprint = zlib.crc32(x.numpy(), self.n_windows)
 
     def get(self, positions):
         """positions: those of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
         rows = []
         for position in positions:
-            epoch, i = divmod(position, self.n_windows)  # window i of the epoch
-            shards = np.arange(len(self.shards))
+            epoch, i = divmod(position, self.n_windows)
+            shard = int(np.searchsorted(self.starts, i, side="right")) - 1  # the last to start at i or before
+            window = i - int(self.starts[shard])  # counted in the shard
             if self.seed is not None:
-                np.random.default_rng((self.seed, epoch)).shuffle(shards)
-            ends = np.cumsum(self.shard_windows[shards])  # windows up to each shard's end
-            nth = np.searchsorted(ends, i, side="right")  # the first shard to end beyond window i
-            shard = int(shards[nth])
-            offset, order = self.window_order(epoch, shard)
-            before = ends[nth] - len(order)  # windows in the shards before this one
-            window = int(order[i - before])
-            first = offset + self.T * window
+                n = int(self.starts[shard + 1] - self.starts[shard])
+                window = int(self.window_order(n, self.seed, epoch, shard)[window])
+            first = window * self.T
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
                 name = getattr(self.shards[shard], "filename", "--data")
@@ -655,6 +611,13 @@ class DataLoaderLite:  # [1:02:00]
         buf = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
 
+    @staticmethod
+    @functools.lru_cache(maxsize=1)  # each window of a shard asks for it again
+    def window_order(n, seed, epoch, shard):
+        """-> the shuffled order of the shard's n windows in this epoch."""
+        rng = np.random.default_rng((seed, epoch, shard))
+        return rng.permutation(np.arange(n, dtype=np.uint32))
+
     def next_batch(self):
         """-> x, y: (B, T), this process's share of the next B * world_size windows."""
         start = self.position + self.rank * self.B
@@ -663,11 +626,10 @@ class DataLoaderLite:  # [1:02:00]
 
 
 # 4 Evaluation [3:23:10] ---
-@torch.no_grad()  # no model.eval(): there is no dropout (if you add it: here, evaluate_hellaswag, generate)
-def evaluate(model, loader, eval_batches, autocast, device):
-    """-> mean loss in nats over the first eval_batches batches of B (0: over the whole split)."""
-    n = min(loader.n_windows, eval_batches * loader.B) if eval_batches > 0 else loader.n_windows
-    loss_accum = 0.0
+@torch.no_grad()  # no model.eval(): GPT has no dropout (with one: here, evaluate_hellaswag and generate)
+def evaluate(model, loader, n, autocast, device):
+    """-> mean loss in nats over the loader's first n windows, or all if there are fewer."""
+    n, loss_accum = min(n, loader.n_windows), 0.0
     for start in progress(range(loader.rank * loader.B, n, loader.world_size * loader.B), desc="evaluating"):
         x, y = loader.get(range(start, min(start + loader.B, n)))  # the last may be shorter
         with autocast:
@@ -693,44 +655,36 @@ def read_hellaswag(path):
 @torch.no_grad()
 def evaluate_hellaswag(model, path):  # [3:28:23]
     """path: as in read_hellaswag -> (acc, acc_norm): how often the right ending has the lowest loss; acc
-    takes the sum over its tokens, acc_norm the mean (Zellers et al. 2019). Without autocast."""
+    takes the sum over its tokens, acc_norm the mean (Zellers et al. 2019). Without autocast, as published."""
     examples, device = read_hellaswag(path), model.lm_head.weight.device
     n_right = n_right_norm = 0
     for ctx, endings, label in progress(examples[RANK::WORLD_SIZE], desc="HellaSwag"):
-        rows = [torch.tensor((ctx + e)[-model.config.block_size:]) for e in endings]
+        rows = [torch.tensor((ctx + ending)[-model.config.block_size:]) for ending in endings]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (endings, T)
         logits = model(tokens)[0][:, :-1].float().transpose(1, 2)  # (endings, V, T - 1)
         losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (endings, T - 1)
-        # Cut off the padding (a row predicts all its tokens but the first), then keep the ending's.
-        losses = [x[:len(row) - 1][-len(e):] for x, row, e in zip(losses, rows, endings)]
-        n_right += (torch.stack([x.sum() for x in losses]).argmin() == label).item()
-        n_right_norm += (torch.stack([x.mean() for x in losses]).argmin() == label).item()
+        sums, means = [], []
+        for row, ending, row_losses in zip(rows, endings, losses):
+            last = len(row) - 1  # row_losses[last:] belong to padding
+            first = max(0, last - len(ending))  # row_losses[:first] belong to the context
+            sums.append(row_losses[first:last].sum())
+            means.append(row_losses[first:last].mean())
+        n_right += (torch.stack(sums).argmin() == label).item()
+        n_right_norm += (torch.stack(means).argmin() == label).item()
     acc, acc_norm = (n / len(examples) for n in sum_over_ranks(n_right, n_right_norm))
     print0(f"HellaSwag acc_norm {acc_norm:.4f} | acc {acc:.4f} | {len(examples)} examples")
     return acc, acc_norm
 
 def sample(model, cfg, num_samples, max_new_tokens):
-    """Prints num_samples texts that begin with cfg.prompt; a single one comes token by token."""
+    """Prints num_samples texts that begin with cfg.prompt."""
     enc, device = get_tokenizer(), model.lm_head.weight.device
     prompt = enc.encode(cfg.prompt.replace("\\n", "\n"), allowed_special="all") or [EOT]
     idx = torch.tensor(prompt, device=device).repeat(num_samples, 1)  # (num_samples, T)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # waits for whole characters
-
-    def print_token(new):  # (1, 1) -> whether the text ends here
-        if new.item() < EOT:
-            print0(decoder.decode(enc.decode_single_token_bytes(new.item())), end="")
-        return new.item() >= EOT
-
-    if num_samples == 1:
-        print0(f"--- sample\n{enc.decode(prompt)}", end="")
-        model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator, print_token)
-        print0(decoder.decode(b"", final=True))
-    else:
-        rows = model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator)
-        for i, row in enumerate(rows[:, len(prompt):].tolist(), 1):
-            text = list(itertools.takewhile(lambda token: token < EOT, row))
-            print0(f"--- sample {i} of {num_samples}\n{enc.decode(prompt + text)}")
+    rows = model.generate(idx, max_new_tokens, cfg.temperature, cfg.top_k, generator)
+    for i, row in enumerate(rows[:, len(prompt):].tolist(), 1):
+        text = list(itertools.takewhile(lambda token: token < EOT, row))  # a sample ends at <|endoftext|>
+        print0(f"--- sample {i} of {num_samples}\n{enc.decode(prompt + text)}")
     print0("---")
 
 def plot_losses(path, log):  # [3:43:05]
@@ -747,14 +701,21 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun sets all four variables; an incomplete set is from
-# another program (run refuses it if it indicates several processes).
+# This process's number and how many there are. torchrun sets all four variables; fewer are another program's.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
 
-# In process 0 alone: print, and a bar for anything over 5 seconds, if a terminal shows it.
-print0 = functools.partial(print, flush=True) if RANK == 0 else lambda *args, **kwargs: None
+def print0(text):
+    """Prints in process 0 alone. Training goes on when the console is gone, a closed pipe or terminal."""
+    if RANK == 0:
+        try:
+            print(text, flush=True)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+
+# A bar in process 0 alone, for what takes over 5 seconds. disable=None: only where a terminal shows it.
 progress = functools.partial(tqdm, delay=5, leave=False, disable=None if RANK == 0 else True)
 
 def sum_over_ranks(*values):
@@ -768,17 +729,13 @@ def sum_over_ranks(*values):
 
 def start_process(name):  # [41:47]
     """name: auto or a torch device -> torch.device; connects this process with the others."""
-    note = ""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if WORLD_SIZE > 1 and name != "cuda":
             name = "cpu"  # several processes run on CUDA or the CPU alone
-        if name == "cpu" and shutil.which("nvidia-smi"):
-            cuda = torch.version.cuda
-            note = f"; an NVIDIA driver is present, but this torch cannot use it (its CUDA is {cuda})"
+    if name == "cuda" and IN_TORCHRUN:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with explain(f"--device {name} cannot be used"):
-        if name == "cuda" and IN_TORCHRUN:
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.empty(1, device=name).device
         if WORLD_SIZE > 1 and device.type not in ("cuda", "cpu"):
             raise ValueError("several processes need CUDA or the CPU")
@@ -788,7 +745,13 @@ def start_process(name):  # [41:47]
         if WORLD_SIZE > 1:
             has_nccl = device.type == "cuda" and dist.is_nccl_available()  # not on Windows
             dist.init_process_group("nccl" if has_nccl else "gloo", device_id=device if has_nccl else None)
-    print0(f"device: {device}, processes: {WORLD_SIZE}{note}")
+    if WORLD_SIZE > 1 and device.type == "cpu":  # share the cores: torchrun gives each process one thread
+        n_here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+        torch.set_num_threads(max(1, os.cpu_count() // n_here))
+    print0(f"device: {device}, processes: {WORLD_SIZE}")
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        cuda = torch.version.cuda
+        print0(f"warning: this torch is for CUDA {cuda} and cannot use the NVIDIA driver here")
     return device
 
 def pick_dtype(name, device):  # [1:39:38]
@@ -807,164 +770,177 @@ def pick_dtype(name, device):  # [1:39:38]
 NOT_FINITE = "not finite; not saved. Try a lower --max_lr, more --warmup_steps, --dtype float32"
 
 def get_lr(step, cfg):  # [2:21:06]
-    """-> learning rate of update number step (from 0): linear warm-up, then a cosine to min_lr."""
+    """-> learning rate of the update that follows `step` others: linear warm-up, then a cosine to min_lr."""
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
     min_lr = cfg.max_lr / 10 if cfg.min_lr is None else cfg.min_lr
     decay_ratio = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
     return min_lr + 0.5 * (1 + math.cos(math.pi * decay_ratio)) * (cfg.max_lr - min_lr)
 
-def optimizer_step(model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps):
+def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg, grad_accum_steps):
     """[2:34:09] One update from grad_accum_steps micro-batches -> (loss, gradient norm)."""
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     loss_accum, is_cuda = torch.zeros((), device=device), device.type == "cuda"
-    for micro_step in range(grad_accum_steps):
+    for micro_step in progress(range(grad_accum_steps), desc="micro-steps"):
         x, y = loader.next_batch()  # overlaps the GPU's previous micro-step
         if is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
         x, y = x.to(device, non_blocking=is_cuda), y.to(device, non_blocking=is_cuda)
-        if isinstance(model, DDP):  # average gradients only in the last micro-step; forward reads this
+        if isinstance(model, DDP):  # average gradients in the last micro-step alone; forward reads this
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
             _, loss = model(x, y)
         loss = loss / grad_accum_steps  # their sum is the mean
         loss_accum += loss.detach()
         scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)  # [2:14:55]
-    for param_group in optimizer.param_groups:
-        param_group["lr"] = lr
-    scaler.step(optimizer)  # skipped if float16 gradients overflowed
-    scaler.update()
+    # A float16 gradient overflowed: skip all optimizers (scaler.step would decide for each one alone).
+    overflowed = scaler.is_enabled() and not norm.isfinite()
+    if not overflowed:
+        for optimizer in optimizers:
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+            optimizer.step()
+    scaler.update()  # halves the scale after an overflow
     return loss_accum, norm
 
 def compile_model(model, loader, autocast, device):  # [1:48:15]
     """-> model compiled for the loader's batches or, where that fails, itself."""
     print0("compiling (--no-compile skips this)")
-    x, y = loader.get(range(loader.B))
+    x, y = loader.get(range(loader.B))  # not next_batch: training begins with the same batch in any case
     compiled = torch.compile(model)
     try:
-        with explain("torch.compile does not work, continuing without it"):
-            with autocast:
-                _, loss = compiled(x.to(device), y.to(device))
-            loss.backward()  # compiles backward too; zero_grad drops the gradients
+        with autocast:
+            _, loss = compiled(x.to(device), y.to(device))
+        loss.backward()  # compiles backward too; zero_grad drops the gradients
         return compiled
-    except UserError as e:  # no C++ compiler, no Triton, a Python too new for it
-        print0("warning:", str(e).partition("\n")[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # no C++ compiler, no Triton, a Python too new for it
+        print0(f"warning: torch.compile does not work, continuing without it: {first_line(e)}")
         return model
 
-def save_checkpoint(path, step, model, optimizer, scaler, loader, cfg, log):
-    """Writes all that resuming needs, as tensors and plain values: weights_only loads nothing else."""
-    with atomic_write(path) as tmp:
-        torch.save(dict(
-            step=step, position=loader.position, n_windows=loader.n_windows, log=log,
-            config=vars(model.config), n_tokens=model.n_tokens, reads_texts=model.reads_texts,
-            tokenizer_files=model.tokenizer_files, train_config=vars(cfg), scaler=scaler.state_dict(),
-            model=model.state_dict(),
-            optimizer=optimizer.state_dict()["state"]), tmp)  # without param_groups: cfg has their numbers
+def restore(ckpt, optimizers, scaler, loader):
+    """Gives the other arguments their state in ckpt. Raises UserError if the data is another."""
+    is_same = ckpt["fingerprint"] == loader.fingerprint
+    require(is_same, "--data is not what the run began with; to train on other data start from its weights: "
+            "--init_from pretrained --model log/model --out_dir new")
+    loader.position = ckpt["position"]  # the order of the windows follows from it
+    for optimizer, state in zip(optimizers, ckpt.pop("optimizers")):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # param_groups stay this run's
+    if ckpt["scaler"]:  # {} if the run did not scale
+        scaler.load_state_dict(ckpt["scaler"])
 
-def restore(ckpt, optimizer, scaler, loader):
-    """Restores the state in ckpt ({} at the start of a run) -> the number of updates done. Raises UserError
-    if the data has a different number of windows, or if the processes disagree."""
-    step, n = ckpt.get("step", 0), loader.n_windows
-    before = ckpt.get("n_windows", n)
-    require(n == before, f"--data has {n} windows, not the {before} that the run began with")
-    # If the processes differ, at least one differs from their mean and raises; torchrun stops the others.
-    sum_of_steps, sum_of_windows = sum_over_ranks(step, n)
-    require(sum_of_steps == WORLD_SIZE * step, "the processes read different checkpoints: share --out_dir")
-    require(sum_of_windows == WORLD_SIZE * n, "the processes read different data: share --data")
-    if ckpt:
-        loader.position = ckpt["position"]  # the order of the windows follows from it
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt.pop("optimizer")})
-        if ckpt["scaler"]:  # {} if the run did not scale
-            scaler.load_state_dict(ckpt["scaler"])
-    return step
-
-SIGNALS = []  # numbers of those that asked this process to stop
-
-def stop_later(number, frame):
-    """Handles Ctrl-C and SIGTERM: the first one stops after this step, the second at once."""
-    SIGNALS.append(number)
-    signal.signal(number, signal.default_int_handler)
-    if RANK == 0:  # not by print, which the signal may have interrupted
-        os.write(2, b"\nfinishing this step; press again to stop now\n")
-
-def save_run(step, is_end, model, optimizer, scaler, loader, cfg, log):
-    """Called after update number `step`: writes log.txt; model/ if the validation loss is the lowest after
-    any update so far; the others when they are due. A failed write (a full disk) is a warning, or at the
-    end of the run a UserError. Weights that are not finite are never put into a checkpoint: a UserError."""
+def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
+    """Called when `step` updates are done: writes model/ at a new best validation loss, the checkpoint every
+    save_every steps, log.txt and loss.png when they have news. A failed write (a full disk) is a warning, at
+    the end of the run an error. Weights that are not finite raise UserError and are never saved."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
     is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
     require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
     if RANK > 0:
         return
-    if step == 1 and cfg.init_from != "resume":  # a step has worked: old files may go
-        for old in filter(Path.is_file, (out_dir / "ckpt.pt", out_dir / "loss.png")):
-            old.unlink()
-        shutil.rmtree(out_dir / "model", ignore_errors=True)
-
-    # The best loss so far is read from model/config.json, not from log: a run that is killed after it wrote
-    # model/ and before its next checkpoint resumes with an older log, and would replace better weights.
-    held = {}  # what model/ holds: step and val_loss
-    with suppress(OSError, ValueError):
-        held = json.loads((out_dir / "model" / "config.json").read_text())
-    val_loss, _ = log.get((step, "val"), (math.inf, 0))  # inf: not evaluated at this step
-    is_new_best = val_loss < held.get("val_loss", math.inf)
-    is_unmeasured = is_end and "val_loss" not in held  # nothing was measured: model/ gets the last weights
-
-    lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-    # In full each time, not appended to: it mends a log that a kill or a full disk cut short.
-    writers = {"log.txt": lambda path: path.write_text("".join(lines))}
-    if is_new_best or is_unmeasured:
-        held = dict(step=step, val_loss=val_loss) if is_new_best else dict(step=step)
-        writers["model"] = lambda path: model.save_pretrained(path, **held)
-    if is_due and cfg.save_every > 0:
-        writers["ckpt.pt"] = lambda path: save_checkpoint(
-            path, step, model, optimizer, scaler, loader, cfg, log)
-    if is_due or val_loss < math.inf:
-        writers["loss.png"] = lambda path: plot_losses(path, log)
-    problems = []
-    for name, write in writers.items():  # one failure does not stop the others
+    val_losses = {k: value for (k, stream), (value, _) in log.items() if stream == "val" and k > 0}
+    best_step = min(val_losses, key=val_losses.get, default=step)
+    is_best = best_step == step if val_losses else is_end  # nothing measured: the last
+    try:
+        if step == 1:  # a new run has made an update: an old checkpoint must not pass for its own
+            (out_dir / "ckpt.pt").unlink(missing_ok=True)
+        # model/ before ckpt.pt: a run that is killed between the two repeats this step and writes it again.
+        if is_best:
+            model.save_pretrained(out_dir / "model")
+        if is_due and cfg.save_every > 0:
+            ckpt = dict(  # tensors and plain values: weights_only loads nothing else
+                step=step, position=loader.position, fingerprint=loader.fingerprint, log=log,
+                train_config=vars(cfg), scaler=scaler.state_dict(), model=model.state_dict(),
+                optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
+            with atomic_write(out_dir / "ckpt.pt") as tmp:
+                torch.save(ckpt, tmp)
+        if step == 1 or is_end or any(k == step for k, _ in log):
+            lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
+            with atomic_write(out_dir / "log.txt") as tmp:  # in full: it may go beyond a resumed ckpt.pt
+                tmp.write_text("".join(lines))
+    except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
+        problem = f"step {step}: could not save in {out_dir}: {first_line(e)}"
+        require(not is_end, problem)
+        print0(f"warning: {problem}")
+    if is_due or step in val_losses:
         try:
-            write(out_dir / name)
-        except (ImportError, OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
-            reason = str(e).partition("\n")[0]
-            problems.append(f"step {step}: {name} could not be saved in {out_dir}: {reason}")
-            print0("warning:", problems[-1])
+            plot_losses(out_dir / "loss.png", log)
+        except Exception as e:  # no picture is worth a run
+            print0(f"warning: step {step}: could not draw loss.png: {first_line(e)}")
     if is_end:
-        require(not problems, "; ".join(problems))
         names = ", ".join(sorted(path.name for path in out_dir.glob("[!.]*")))
-        loss = f", validation loss {held['val_loss']:.4f}" if "val_loss" in held else ""
-        print0(f"{out_dir}/ holds {names}; model is step {held['step']}'s{loss}")
+        loss = f", validation loss {val_losses[best_step]:.4f}" if val_losses else ""
+        print0(f"{out_dir}/ holds {names}; model is step {best_step}'s{loss}")
+
+STOP = []  # the signals that asked this process to stop
+
+@contextmanager
+def stop_on_signals():
+    """In its block the signals of Ctrl-C, kill, a closed SSH session and SLURM go into STOP, and training
+    ends after its step. A second one ends it at once."""
+    def stop_later(number, frame):
+        STOP.append(number)
+        signal.signal(number, signal.default_int_handler)
+        if RANK == 0:
+            with suppress(OSError):  # not by print, which the signal may have interrupted
+                os.write(2, b"\nfinishing this step; press again to stop now\n")
+
+    STOP.clear()
+    handlers = {}  # those from before
+    for name in "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1":
+        number = getattr(signal, name, None)  # Windows lacks the last two
+        # What is ignored stays so, as SIGHUP under nohup; but Ctrl-C always stops.
+        if number and (name == "SIGINT" or signal.getsignal(number) != signal.SIG_IGN):
+            handlers[number] = signal.signal(number, stop_later)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+def split_batch(cfg):
+    """-> (B, grad_accum_steps): B is the largest divisor, up to batch_size, of a process's sequences per
+    step. Raises UserError if the processes cannot share a step."""
+    n, rest = divmod(cfg.total_batch_size, cfg.sequence_length * WORLD_SIZE)  # n: sequences of this process
+    require(n > 0 and rest == 0, f"--total_batch_size {cfg.total_batch_size} is not a multiple of "
+            f"--sequence_length {cfg.sequence_length} x {WORLD_SIZE} processes")
+    B = max(b for b in range(1, min(n, cfg.batch_size) + 1) if n % b == 0)
+    return B, n // B
 
 def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     """Trains raw_model to cfg.max_steps updates, from ckpt on unless it is {} -> number of updates done."""
-    # ---- data, optimizer, precision ----
-    B, T = cfg.batch_size, cfg.sequence_length
-    grad_accum_steps = cfg.total_batch_size // (B * T * WORLD_SIZE)
-    print0(f"reading {cfg.data}")
+    # ---- data, optimizers, precision ----
+    T = cfg.sequence_length
+    B, grad_accum_steps = split_batch(cfg)
+    print0(f"tokens per step: {cfg.total_batch_size} = {grad_accum_steps} micro-steps x "
+           f"{WORLD_SIZE} processes x B {B} x T {T}")
+    train_shards, val_shards = load_tokens(cfg.data)
     seed, n_tokens = cfg.seed if cfg.shuffle else None, raw_model.n_tokens
-    loader = DataLoaderLite(load_tokens(cfg.data, "train"), B, T, seed, RANK, WORLD_SIZE, n_tokens, "train")
-    val_loader = DataLoaderLite(load_tokens(cfg.data, "val"), B, T, None, RANK, WORLD_SIZE, n_tokens, "val")
-    optimizer = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, dtype)
+    loader = DataLoaderLite(train_shards, B, T, seed, RANK, WORLD_SIZE, n_tokens, "train")
+    val_loader = DataLoaderLite(val_shards, B, T, None, RANK, WORLD_SIZE, n_tokens, "val")
+    n_val = cfg.eval_batches * cfg.batch_size or val_loader.n_windows  # the same for every B
+    optimizers = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    start = restore(ckpt, optimizer, scaler, loader)
-    log = ckpt.get("log", {})  # {(step, stream): (value, tokens seen)}, the lines of log.txt
+    start, log = ckpt.get("step", 0), ckpt.get("log", {})  # log: {(step, stream): (value, tokens seen)}
+    if ckpt:
+        restore(ckpt, optimizers, scaler, loader)
 
-    # ---- model trains; raw_model, which it wraps, evaluates (lengths vary), samples and is saved ----
+    # ---- model trains; raw_model, which it wraps, evaluates (any length), samples and is saved ----
     model = raw_model
-    if cfg.compile and device.type != "mps":  # compiled results are wrong on MPS
+    if cfg.compile and start < cfg.max_steps and device.type != "mps":  # compiled results are wrong on MPS
         model = compile_model(raw_model, loader, autocast, device)
-    if WORLD_SIZE > 1:  # [2:46:52]
+    if WORLD_SIZE > 1:  # [2:46:52] broadcasts process 0's weights
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    stop = 0  # signals received by all processes together
-    SIGNALS.clear()
-    signal.signal(signal.SIGINT, stop_later)
-    signal.signal(signal.SIGTERM, stop_later)
-    # step: updates done so far. A round evaluates and saves the weights as they are, then makes
-    # update step + 1; one last round only evaluates and saves.
+    # step: updates done so far. A round evaluates and saves the weights as they are, then makes the next
+    # update. The loop runs once more than it updates, to evaluate and save at the end.
+    should_stop = 0  # signals that came to any of the processes
     for step in range(start, cfg.max_steps + 1):
         is_last = step == cfg.max_steps
         tokens = loader.position * T  # seen so far
@@ -972,7 +948,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         # ---- evaluate ----
         should_evaluate = cfg.eval_every > 0 and (step % cfg.eval_every == 0 or is_last)
         if should_evaluate and (step, "val") not in log:
-            val_loss = evaluate(raw_model, val_loader, cfg.eval_batches, autocast, device)
+            val_loss = evaluate(raw_model, val_loader, n_val, autocast, device)
             require(math.isfinite(val_loss), f"step {step}: the validation loss is {NOT_FINITE}")
             print0(f"{step:5d}/{cfg.max_steps} | val loss {val_loss:.4f}")
             log[step, "val"] = val_loss, tokens
@@ -983,21 +959,20 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
 
         # ---- save the weights that the previous round's update made ----
         if step > start or is_last:
-            save_run(step, is_last or stop, raw_model, optimizer, scaler, loader, cfg, log)
-        if is_last or stop:
+            save_run(step, is_last or should_stop, raw_model, optimizers, scaler, loader, cfg, log)
+        if is_last or should_stop:
             return step
 
         # ---- one update: forward, backward, clip, step ----
-        t0 = time.perf_counter()
-        lr = get_lr(step, cfg)
+        t0, lr = time.perf_counter(), get_lr(step, cfg)
         loss, norm = optimizer_step(
-            model, loader, optimizer, scaler, autocast, device, lr, cfg, grad_accum_steps)
+            model, loader, optimizers, scaler, autocast, device, lr, cfg, grad_accum_steps)
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
-        loss, stop = sum_over_ranks(loss / WORLD_SIZE, len(SIGNALS))
+        loss, should_stop = sum_over_ranks(loss / WORLD_SIZE, len(STOP))
         dt = time.perf_counter() - t0  # seconds
-        # A float16 overflow of the gradients is harmless: the scaler has skipped the update and halved its
-        # scale. At a scale of 1 (get_scale() is 1 without scaling, too) the gradients themselves are bad.
-        is_finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
+        # Without a scaler, or once its scale is below 1, a norm that is not finite is a real divergence.
+        may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+        is_finite = math.isfinite(loss) and (math.isfinite(norm) or may_overflow)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
 
         # ---- log ----
@@ -1006,8 +981,8 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
             log[step + 1, "train"] = loss, loader.position * T
         if should_log or (step == start and cfg.log_every > 0):  # early, to show the time left
             m, s = divmod(round(dt * (cfg.max_steps - step - 1)), 60)
-            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                   f"{1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {m}m{s:02d}s left")
+            print0(f"{step + 1:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} "
+                   f"| {1000 * dt:.1f} ms | {cfg.total_batch_size / dt:.0f} tok/s | {m}m{s:02d}s left")
 
 
 # 7 Main ---
@@ -1018,255 +993,199 @@ def require(is_so, sentence):
     if not is_so:
         raise UserError(sentence)
 
-# What PyTorch says when memory runs out. It is looked for in str(e), as repr(e) may quote a user's text.
-OUT_OF_MEMORY = re.compile("MemoryError|out of memory|allocate|size calculation overflowed")
+def first_line(e):
+    return (str(e) or repr(e)).splitlines()[0]
 
 @contextmanager
 def explain(doing):
-    """Re-raises what the block raises, except out of memory, as UserError, prefixed with doing."""
+    """Turns what a library raises in the block into a UserError that begins with doing."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as e:
-        if isinstance(e, UserError) or OUT_OF_MEMORY.search(f"{type(e).__name__} {e}"):
-            raise
         raise UserError(f"{doing}: {str(e) or repr(e)}") from e
 
 @contextmanager
 def atomic_write(path):
-    """Yields a temporary path for a file or folder, which replaces path if the block succeeds."""
-    tmp = path.with_name(f"{path.name}.tmp") / path.name  # in a folder, so that a picture keeps its suffix
+    """Yields a temporary path beside path. If the block succeeds, the file written there replaces path's."""
+    tmp = path.with_name(f".tmp-{path.name}")  # the same ending, by which savefig knows the format
     try:
-        shutil.rmtree(tmp.parent, ignore_errors=True)  # a killed run leaves it
-        tmp.parent.mkdir(parents=True)
         yield tmp
-        for file in filter(Path.is_file, tmp.parent.rglob("*")):
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())  # on the disk before the rename, or a power cut empties it
-        if tmp.is_dir() and path.exists():  # os.replace cannot overwrite a folder
-            os.replace(path, tmp.parent / f"{path.name}.old")  # is deleted with tmp.parent
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before the rename, or a power cut empties it
         os.replace(tmp, path)
     finally:
-        shutil.rmtree(tmp.parent, ignore_errors=True)
+        tmp.unlink(missing_ok=True)
 
-# Flags that resuming cannot change, and why (nor can it change the model's shape or the number of windows
-# in the data). All others may change: more steps, other rates, another batch size or number of processes.
-FIXED = {
-    "model": "the weights have its shape",
-    "optimizer": "its state is of no use to the other",
+# What a resumed run cannot change, and why; a pretrained model fixes SHAPE alone.
+SHAPE = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
+FIXED = dict.fromkeys(SHAPE, "the weights have this shape") | {
+    "model": "the weights are this model's",
+    "optimizer": "one optimizer's state is of no use to the other",
     "seed": "the order of the windows follows from it",
     "shuffle": "the order of the windows follows from it",
     "sequence_length": "the place in the data counts windows of this length",
     "overwrite": "it starts a new run",
 }
-AT_LEAST_1 = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "batch_size", "sequence_length",
-              "total_batch_size", "max_new_tokens"}
+AT_LEAST_1 = [*SHAPE, "batch_size", "sequence_length", "total_batch_size", "shard_size", "max_new_tokens"]
+AT_LEAST_0 = ["max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_every",
+              "eval_batches", "save_every", "log_every", "num_samples", "temperature", "top_k", "seed"]
 
-def choose_shape(given):
-    """given: dict of flags -> (GPTConfig, the checkpoint to resume or {})."""
-    wanted, ckpt = vars(TrainConfig()) | given, {}
-    shape = {name: value for name, value in given.items() if hasattr(GPTConfig, name)}
-    if wanted["init_from"] == "resume":
-        path = Path(wanted["out_dir"]) / "ckpt.pt"
+def read_flags(argv):
+    """argv: list of flags -> TrainConfig. Raises UserError if they contradict each other. They are read
+    twice: first to see what is trained, then with its numbers as defaults. A flag beats a default, except in
+    the fields of the last column:
+
+    --init_from   defaults, later ones win                         cannot change
+    scratch       TrainConfig, the row of MODELS, perhaps ADAMW    -
+    pretrained    TrainConfig, FINETUNE, the model's config.json   SHAPE
+    resume        TrainConfig, the checkpoint                      FIXED
+    """
+    parse = functools.partial(tyro.cli, TrainConfig, prog="train_gpt2.py", use_underscores=True)
+    first = parse(args=[flag for flag in argv if flag not in ("-h", "--help")])
+    fixed = []
+    if first.init_from == "resume":
+        path = Path(first.out_dir) / "ckpt.pt"
+        require(path.is_file(), f"no run to resume in {first.out_dir}: there is no {path}")
         with explain(f"cannot resume from {path}"):
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-            config = GPTConfig(**ckpt["config"])
-            TrainConfig(**ckpt["train_config"])  # raises if another version wrote it
-            print0(f"resuming at step {ckpt['step']}, with {len(ckpt['log'])} records of log.txt")
-    elif wanted["init_from"] == "pretrained":
-        config = pretrained_config(given.get("model", RECIPES["finetune"]["model"]))
+            # mmap: only the numbers are read here. weights_only: runs no code.
+            ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            require("optimizers" in ckpt, f"cannot resume from {path}: another version of this file wrote it")
+            numbers = vars(TrainConfig(**ckpt["train_config"]))  # raises if a field is not known
+        numbers |= dict(init_from="resume", overwrite=False, out_dir=first.out_dir)  # it may have been moved
+        fixed = FIXED
+    elif first.init_from == "pretrained":
+        model = first.model or "gpt2"
+        numbers = FINETUNE | vars(pretrained_config(model)) | dict(model=model)
+        fixed = SHAPE
     else:
-        size = wanted["model"]
-        require(size in MODELS, f"--model {size} is not one of {', '.join(MODELS)}; for a HuggingFace id or "
-                "folder add --init_from pretrained")
-        config = GPTConfig(**{"vocab_size": PADDED_VOCAB_SIZE, **MODELS[size], **shape})
-    for name, value in shape.items():
-        require(value == getattr(config, name), f"--{name} {value} contradicts the model, a {config}")
-    return config, ckpt
+        model = first.model or "nano"
+        names = ", ".join(MODELS)
+        require(model in MODELS, f"--model {model} is not one of {names}; for a HuggingFace id or folder add "
+                "--init_from pretrained")
+        numbers = MODELS[model] | dict(model=model)
+        # Only if the flag switches: whoever edits TrainConfig's optimizer edits max_lr beside it.
+        is_switched = first.optimizer == "adamw" and TrainConfig.optimizer != "adamw"
+        if is_switched and "max_lr" not in numbers:
+            numbers |= ADAMW
+    defaults = TrainConfig(**numbers)
+    while defaults.sequence_length > max(1, defaults.block_size):
+        defaults.sequence_length //= 2  # halves still divide total_batch_size
 
-def choose_numbers(given, config, ckpt):
-    """given: dict of flags; config, ckpt: as from choose_shape -> (TrainConfig, name of the checkpoint or
-    recipe that gives what no flag does). Raises UserError if the numbers contradict each other."""
-    numbers = vars(TrainConfig())  # the defaults; the checkpoint or recipe replaces some, then the flags do
-    given = {name: value for name, value in given.items() if name in numbers}  # the shape is config's
-    wanted = numbers | given  # says which recipe; not final
+    cfg = parse(args=argv, default=defaults)
+    for name in fixed:
+        old, new = getattr(defaults, name), getattr(cfg, name)
+        require(new == old, f"cannot change --{name} from {old} to {new}: {FIXED[name]}")
+    check_numbers(cfg)
+    return cfg
 
-    # ---- a flag beats the checkpoint or recipe, which beats the default ----
-    if ckpt:
-        source = "the checkpoint"
-        numbers |= ckpt["train_config"] | {"out_dir": wanted["out_dir"]}  # the folder may have been moved
-        for name, why in FIXED.items():
-            old, new = numbers[name], given.get(name, numbers[name])
-            require(new == old, f"cannot change --{name} from {old} to {new} when resuming: {why}")
-    else:
-        if wanted["init_from"] == "pretrained":
-            recipe = "finetune"
-        elif wanted["model"] != "nano":
-            recipe = "lecture"
-        else:
-            is_default = wanted["optimizer"] == numbers["optimizer"]
-            recipe = "laptop" if is_default else "laptop with adamw"
-        source = f"the {recipe} recipe"
-        size = min(MODELS, key=lambda name: abs(MODELS[name]["n_embd"] - config.n_embd))
-        numbers |= {k: v[size] if isinstance(v, dict) else v for k, v in RECIPES[recipe].items()}
-        while numbers["sequence_length"] > config.block_size > 0:
-            numbers["sequence_length"] //= 2  # halves still divide total_batch_size
-    cfg = TrainConfig(**(numbers | given))
-
-    # ---- do they fit each other? ----
-    show = {name: f"--{name} {value}" + ("" if name in given else f" (from {source})")
-            for name, value in vars(cfg).items()}  # the flags as the sentences below name them
-    for name, value in {**vars(config), **vars(cfg)}.items():
-        minimum = 1 if name in AT_LEAST_1 else 0
-        is_right = not isinstance(value, (int, float)) or minimum <= value < 2**63  # nan fails
+def check_numbers(cfg):
+    """Raises UserError for numbers that are impossible, warns of those that are unusual."""
+    for name in AT_LEAST_1 + AT_LEAST_0:
+        value, minimum = getattr(cfg, name), 1 if name in AT_LEAST_1 else 0
+        is_right = value is None or minimum <= value < 2**63  # nan fails
         require(is_right, f"--{name} must be a finite number of at least {minimum}, not {value}")
-    require((cfg.min_lr or 0) <= cfg.max_lr, f"{show['min_lr']} is over {show['max_lr']}")
+    is_multiple = cfg.n_embd % cfg.n_head == 0
+    require(is_multiple, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
+    needs_text = cfg.num_samples > 0 or cfg.hellaswag
+    require(cfg.vocab_size >= N_TOKENS or not needs_text, f"samples and HellaSwag need GPT-2's {N_TOKENS} "
+            f"tokens, but the model has {cfg.vocab_size}: add --num_samples 0")
+    min_lr, T = cfg.min_lr or 0, cfg.sequence_length
+    require(min_lr <= cfg.max_lr, f"--min_lr {min_lr} is over --max_lr {cfg.max_lr}")
+    is_scratch = cfg.init_from == "scratch"
     if cfg.max_steps > 0:
-        step, B, T = ckpt.get("step", 0), cfg.batch_size, cfg.sequence_length
-        require(step <= cfg.max_steps, f"{show['max_steps']} in all, but the checkpoint is at step {step}")
-        require(T <= config.block_size, f"{show['sequence_length']} is over the model's block_size "
-                f"{config.block_size}")
-        is_multiple = cfg.total_batch_size % (B * T * WORLD_SIZE) == 0
-        require(is_multiple, f"{show['total_batch_size']} is not a multiple of {show['batch_size']} x "
-                f"{show['sequence_length']} x {WORLD_SIZE} processes")
-    return cfg, source
+        require(T <= cfg.block_size, f"--sequence_length {T} is over --block_size {cfg.block_size}")
+        split_batch(cfg)
+        if is_scratch and T < cfg.block_size:
+            print0(f"warning: positions {T} to {cfg.block_size - 1} are never trained; --sequence_length "
+                   f"{cfg.block_size} trains them")
+        if cfg.warmup_steps > cfg.max_steps:
+            print0(f"warning: --warmup_steps {cfg.warmup_steps} is longer than the run")
+    elif is_scratch and needs_text and not cfg.write_shards:
+        print0("warning: these weights are random; --init_from pretrained loads GPT-2's")
 
-def run(given):
-    """given: dict of flags. Does what they say. A run that writes keeps others out of --out_dir."""
-    # Started by srun or mpirun, not torchrun? Then each process would take itself for the only one.
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("PMI_RANK", "PMI_SIZE"),
-                       ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
-        n = os.environ.get(size, "1")
-        is_one_of_many = not IN_TORCHRUN and rank in os.environ and n != "1"
-        require(not is_one_of_many, f"{size} is {n}: start several processes with torchrun, or unset it")
-    settings = vars(TrainConfig()) | given
-    if settings["write_shards"]:
+def run(cfg):
+    """cfg: as from read_flags. Makes the model, trains it, samples; or only writes shards."""
+    if cfg.write_shards:
         if RANK == 0:
-            write_shards(settings["data"], settings["write_shards"], settings["shard_size"])
+            write_shards(cfg.data, cfg.write_shards, cfg.shard_size)
         return
-    if RANK > 0 or settings["max_steps"] == 0:  # writes nothing
-        return run_in(given)
-
-    out_dir = Path(settings["out_dir"])
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out_dir / ".lock", timeout=0)  # released when this process ends, even killed
-    with explain(f"another run is at work in {out_dir}, or it cannot be locked"):
-        lock.acquire()
-    try:
-        model = out_dir / "model"
-        is_model = not model.is_symlink() and (model / "config.json").exists()  # save_run will replace it
-        require(is_model or not os.path.lexists(model), f"{model} exists and is not a model")
-        old = next(filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.txt", model)), None)
-        may_start = old is None or settings["init_from"] == "resume" or settings["overwrite"]
-        require(may_start, f"{old} exists: --init_from resume, --overwrite, or another --out_dir")
-        run_in(given)
-    finally:
-        with suppress(OSError):
-            (out_dir / ".lock").unlink()
-            out_dir.rmdir()  # if the run left nothing
-        lock.release()
-
-def run_in(given):
-    """given: as in run. Makes the model, trains it, samples."""
-    config, ckpt = choose_shape(given)
-    cfg, source = choose_numbers(given, config, ckpt)
+    # ---- the named files and the device must be there, before anything is made ----
+    out_dir, is_training = Path(cfg.out_dir), cfg.max_steps > 0
+    if is_training:
+        data_files(cfg.data)
     if cfg.hellaswag:
-        read_hellaswag(cfg.hellaswag)  # so that a broken file is reported now
-    kind, files = data_files(cfg.data) if cfg.max_steps > 0 else (None, [])
+        read_hellaswag(cfg.hellaswag)
 
-    # ---- the model ----
     device = start_process(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
-    torch.manual_seed(cfg.seed)
-    model = GPT.from_pretrained(cfg.model) if cfg.init_from == "pretrained" else GPT(config)
-    if ckpt:
-        model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
-        model.n_tokens, model.reads_texts = ckpt["n_tokens"], ckpt["reads_texts"]
-        model.tokenizer_files = ckpt["tokenizer_files"]
-    needs_tokenizer = cfg.num_samples > 0 or cfg.hellaswag or kind in (DOCUMENTS, TEXTS)
-    require(model.reads_texts or not needs_tokenizer, "a text needs GPT-2's tokenizer, but this model has "
-            "other tokens: give token files as --data, and --num_samples 0")
-    # nanoGPT writes a meta.pkl beside tokens that are characters, and none beside GPT-2's tokens.
-    has_characters = kind == TOKENS and any(file.with_name("meta.pkl").exists() for file in files)
-    is_mismatch = has_characters and model.n_tokens == N_TOKENS
-    require(not is_mismatch, "the data's meta.pkl says that these are not GPT-2's tokens: give their number, "
-            "as in --vocab_size 65 --num_samples 0")
-    n = sum(p.numel() for p in model.parameters())
-    print0(f"model: {cfg.model}, {n:,} parameters, {model.config}, products in {dtype}")
-    model.to(device)
-    if device.type == "cpu":
-        faster_on_a_cpu(model)
 
-    # ---- train, sample ----
-    if cfg.max_steps > 0:
-        keys = "optimizer max_lr warmup_steps max_steps batch_size sequence_length total_batch_size"
-        print0(f"{source}:", ", ".join(f"{name} {getattr(cfg, name)}" for name in keys.split()))
-        step = train(cfg, model.float(), ckpt, device, dtype)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if step < cfg.max_steps or SIGNALS:  # SIGNALS: in the last evaluation
-            can_go_on = step < cfg.max_steps and cfg.save_every > 0
-            how = f"; continue with --init_from resume --out_dir {cfg.out_dir}" if can_go_on else ""
-            print0(f"stopped at step {step}{how}")
-            number = SIGNALS[0] if SIGNALS else signal.SIGTERM  # if only others got one
-            sys.exit(128 + number)  # as a shell reports it
-    else:
-        if cfg.hellaswag:
-            evaluate_hellaswag(model, cfg.hellaswag)
-        model.to(dtype)  # nothing trains now, and 16 bits are read in half the time
-    if cfg.num_samples > 0 and RANK == 0:
-        sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
+    # ---- one run at a time in out_dir ----
+    writes, lock = is_training and RANK == 0, nullcontext()
+    if writes:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with explain(f"another run is at work in {out_dir}, or it cannot be locked"):
+            lock = FileLock(out_dir / ".lock", timeout=0).acquire()  # also ends with the process
+    with lock:
+        if writes and cfg.init_from != "resume" and not cfg.overwrite:
+            for old in out_dir / "ckpt.pt", out_dir / "log.txt", out_dir / "model":
+                require(not old.exists(), f"{old} exists. Continue with --init_from resume, replace it with "
+                        "--overwrite, or choose another --out_dir")
+        # ---- the model ----
+        dtype = pick_dtype(cfg.dtype, device)
+        torch.manual_seed(cfg.seed)
+        config = GPTConfig(**{field.name: getattr(cfg, field.name) for field in fields(GPTConfig)})
+        model = GPT.from_pretrained(cfg.model, config) if cfg.init_from == "pretrained" else GPT(config)
+        ckpt = {}
+        if cfg.init_from == "resume":
+            ckpt = torch.load(out_dir / "ckpt.pt", map_location="cpu", weights_only=True)
+            model.load_state_dict(ckpt.pop("model"))  # pop, so that no copy is held through the run
+            step = ckpt["step"]
+            is_within = not is_training or step <= cfg.max_steps
+            require(is_within, f"--max_steps {cfg.max_steps} in all, but the checkpoint is at step {step}")
+            print0(f"resuming at step {step}, with {len(ckpt['log'])} records of log.txt")
+            if step == cfg.max_steps:
+                print0("all steps are done: a larger --max_steps trains on")
+        n = sum(p.numel() for p in model.parameters())
+        print0(f"model: {cfg.model}, {n:,} parameters, {config}, products in {dtype}")
+        model.float().to(device)
+        if device.type == "cpu":
+            faster_on_a_cpu(model)
 
-def parse_flags(argv):
-    """argv: list of flags -> dict of what they set. Exits at a typo."""
-    parser = argparse.ArgumentParser(usage="train_gpt2.py [--flag value ...]", allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    comments = {}  # {field: the comment after it in the source}, the help texts
-    with suppress(OSError):  # in a notebook there is no source to read
-        for line in (inspect.getsource(TrainConfig) + inspect.getsource(GPTConfig)).splitlines():
-            comments[line.partition(":")[0].strip()] = line.partition("#")[2].strip()
-    knobs = fields(TrainConfig) + fields(GPTConfig)
-    for field in knobs:
-        text = f"{comments.get(field.name, '')} (default: {field.default!r}"
-        for recipe, numbers in RECIPES.items():
-            if field.name in numbers:
-                value = numbers[field.name]
-                text += f"; {recipe}: {'by size' if isinstance(value, dict) else value}"
-        # Literal["a", "b"] -> its choices; float | None -> [float]
-        kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
-        if field.type is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        elif get_origin(field.type) is Literal:
-            options = dict(choices=kinds)
+        # ---- train or score, sample ----
+        if is_training:
+            print0(f"training: {cfg.optimizer}, max_lr {cfg.max_lr:g}, warmup_steps {cfg.warmup_steps}, "
+                   f"max_steps {cfg.max_steps}")
+            with stop_on_signals():
+                step = train(cfg, model, ckpt, device, dtype)
+            if step < cfg.max_steps:
+                how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
+                print0(f"stopped at step {step}{how}")
+                number = STOP[0] if STOP else signal.SIGTERM  # if only other processes got one
+                sys.exit(128 + number)  # as a shell reports it
         else:
-            options = dict(type=kinds[0] if kinds else field.type)
-        parser.add_argument(f"--{field.name}", help=f"{text})".replace("%", "%%"), **options)
-    for flag, value in zip(argv, argv[1:]):
-        if isinstance(getattr(TrainConfig, flag[2:], None), bool) and not value.startswith("--"):
-            parser.error(f"{flag} takes no value; did you mean {flag} or --no-{flag[2:]}?")
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{field.name}" for field in knobs])
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        parser.error(f"there is no flag {unknown[0]}{hint}")
-    return vars(given)
+            if cfg.hellaswag:
+                evaluate_hellaswag(model, cfg.hellaswag)
+            model.to(dtype)  # 16 bits are read in half the time
+        if cfg.num_samples > 0 and RANK == 0:
+            sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
 def main(argv=None):  # [3:59:39]
     """argv: list of flags, None: the command line's. A user's mistake, a file that cannot be read or written
     and a lack of memory raise SystemExit with one sentence; a bug shows its stack trace."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch is imported by now
     with suppress(AttributeError):  # a notebook's stdout has no reconfigure
-        sys.stdout.reconfigure(errors="replace")  # a file's encoding on Windows lacks some
+        sys.stdout.reconfigure(errors="replace")  # Windows' encodings of files lack some characters
     try:
-        run(parse_flags(sys.argv[1:] if argv is None else argv))
+        run(read_flags(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         sys.exit(130)  # a shell's code for Ctrl-C
+    except (UserError, OSError) as e:
+        sys.exit(f"train_gpt2.py: error: {first_line(e)}")  # code 1
     except Exception as e:
-        is_mistake = isinstance(e, (UserError, OSError))
-        if not is_mistake and not OUT_OF_MEMORY.search(f"{type(e).__name__} {e}"):
+        # Python and PyTorch say in many ways that there is no memory left.
+        if not re.search("MemoryError|out of memory|allocate|size calculation overflowed", repr(e)):
             raise
-        advice = "" if is_mistake else "halve --batch_size, or take a smaller --model: "
-        sentence = (str(e) or repr(e)).splitlines()[0]
-        sys.exit(f"train_gpt2.py: error: {advice}{sentence}")  # code 1
+        sys.exit(f"train_gpt2.py: error: halve --batch_size, or take a smaller --model: {first_line(e)}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1279,12 +1198,14 @@ def plain_attention(q, k, v, is_causal):
     T, hs = q.size(2), q.size(3)
     if T > 256 or not q.requires_grad or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    att = (q @ k.mT).float() / math.sqrt(hs) + torch.full((T, T), -math.inf).triu(1)  # (B, nh, T, T)
+    mask = torch.full((T, T), -math.inf).triu(1)  # training is always causal
+    att = (q @ k.mT).float() / math.sqrt(hs) + mask  # (B, nh, T, T)
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
-    """nn.Linear for up to 15 rows of float32, as in sampling: on AMD's processors a single product is slow.
-    Blocks of 64 outputs as a batch: x 1.58 there (Intel with AMX: x 0.94 for one row, x 1.27 for five)."""
+    """nn.Linear for up to 15 rows of float32, as in sampling, where AMD's processors are slow with one large
+    product. A batch of products of 64 outputs each is x 1.58 there (Intel with AMX: x 0.94 for one row,
+    x 1.27 for five)."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)
@@ -1300,12 +1221,13 @@ class FewRows(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 def faster_on_a_cpu(model):
-    """Swaps the two above into a GPT, and lets glibc keep freed memory: x 1.10 (float32: 1.36)."""
+    """Swaps the two above into a GPT, and lets glibc keep freed memory: alone x 1.10 (float32: 1.36)."""
+    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h's
     with suppress(Exception):  # only glibc has mallopt
         from ctypes import CDLL
         mallopt = CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     for block in model.transformer.h:
         block.attn.attention = plain_attention
     for module in model.modules():

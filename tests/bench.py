@@ -69,8 +69,9 @@ def flops_per_second(dtype):
 
 def random_gpt2(name, dtype=torch.float32):
     """-> a GPT of that row of MODELS, with quickly drawn random weights of GPT-2's size."""
+    row = MODELS[name]
     with torch.device("meta"):
-        model = GPT(GPTConfig(**MODELS[name]))
+        model = GPT(GPTConfig(n_layer=row["n_layer"], n_head=row["n_head"], n_embd=row["n_embd"]))
     model = model.to(dtype).to_empty(device="cpu")
     model.transformer.wte.weight = model.lm_head.weight
     for p in model.parameters():
@@ -128,7 +129,8 @@ start = time.perf_counter()
 if way == "ours":
     model = GPT.from_pretrained(folder)
 else:
-    model = GPT(GPTConfig(**MODELS[name]))
+    shape = {field: MODELS[name][field] for field in ("n_layer", "n_head", "n_embd")}
+    model = GPT(GPTConfig(**shape))
     sd, sd_hf = model.state_dict(), GPT2LMHeadModel.from_pretrained(folder).state_dict()
     with torch.no_grad():
         for k in sd:
@@ -191,12 +193,12 @@ def worker(way, dtype, n_layer, n_head, n_embd, B, T):
         model = GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(DEVICE)
         if DEVICE.type == "cpu":
             train_gpt2.faster_on_a_cpu(model)
-        optimizer = model.configure_optimizers("adamw", 0.1, 1e-4)
+        optimizers = model.configure_optimizers("adamw", 0.1, 1e-4)
         compiled = train_gpt2.compile_model(model, loader, autocast, DEVICE)
     else:
         model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(DEVICE)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)]
         module = torch.compile(model)
 
         def compiled(x, y):
@@ -205,7 +207,7 @@ def worker(way, dtype, n_layer, n_head, n_embd, B, T):
         compiled.parameters = model.parameters
 
     def step():
-        train_gpt2.optimizer_step(compiled, loader, optimizer, scaler, autocast, DEVICE, 1e-4, cfg, 1)
+        train_gpt2.optimizer_step(compiled, loader, optimizers, scaler, autocast, DEVICE, 1e-4, cfg, 1)
 
     for line in sys.stdin:
         took = seconds(lambda: [step() for _ in range(int(line))]) / int(line)

@@ -3,6 +3,8 @@ import json
 import os
 import re
 import shutil
+import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ def change_weights(folder, change):
 @pytest.mark.parametrize("change, message", [
     (lambda sd: sd.pop("transformer.h.1.attn.c_attn.weight"), r"missing_keys.*h\.1\.attn\.c_attn\.weight"),
     (lambda sd: sd.update({"transformer.h.0.extra": torch.ones(2)}), r"unexpected_keys.*h\.0\.extra"),
-    (lambda sd: sd.update({"transformer.wpe.weight": torch.ones(5, 24)}), r"mismatched_keys.*wpe\.weight"),
+    (lambda sd: sd.update({"transformer.wpe.weight": torch.ones(5, 24)}), r"cannot load the weights of .*mismatch"),
 ])
 def test_tensors_that_do_not_fit_are_named(hf_model, tmp_path, change, message):
     hf_model().save_pretrained(tmp_path)
@@ -87,6 +89,14 @@ def test_a_head_of_its_own_is_refused(hf_model, tmp_path):
     change_weights(tmp_path, lambda sd: sd.update({"lm_head.weight": torch.ones(101, 24)}))
     with pytest.raises(UserError, match="its lm_head is not its wte"):
         GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["transformer.wpe.weight", "transformer.h.0.mlp.c_fc.weight"])
+def test_large_weights_in_float16_are_finite(hf_model, tmp_path, name):
+    theirs = hf_model().half()
+    theirs.get_parameter(name).data.fill_(200.0)  # their sum is beyond float16
+    theirs.save_pretrained(tmp_path)
+    assert (GPT.from_pretrained(tmp_path).state_dict()[name] == 200).all()
 
 
 def test_broken_folders(hf_model, tmp_path):
@@ -108,7 +118,7 @@ def test_broken_folders(hf_model, tmp_path):
 
 
 def test_no_such_model_says_how_to_give_a_folder():
-    with pytest.raises(UserError, match="no-such-model.*as a GPT-2 model id or folder"):
+    with pytest.raises(UserError, match="no-such-model as a GPT-2 model id or a local folder"):
         GPT.from_pretrained("no-such-model")
 
 
@@ -135,7 +145,12 @@ def test_saved_model_loads_in_transformers_and_here(tmp_path):
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=50304))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
+    mask = os.umask(0o022)
     model.save_pretrained(tmp_path / "model")
+    os.umask(mask)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()} == {0o644}  # safetensors' own: 0600
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 32
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert theirs.config.vocab_size == 50257 and theirs.lm_head.weight is theirs.transformer.wte.weight
     idx = torch.randint(50257, (2, 32))
@@ -175,9 +190,44 @@ def test_finetuned_model_loads_in_transformers(hf_model, tmp_path, text, cli):
     assert after.dtype == torch.float32 and 0 < (before - after).abs().max() < 0.1  # trained, in float32, from there
 
 
+TEXTS = ["First Citizen:\nBefore we proceed any further, hear me speak.\n\n\n  and\ttabs   ", "def f(x):\n    return x**2  # ok\n\tif x: pass\n",
+         "naïve 你好 🙂👩‍👩‍👧 éa\u0301", "one<|endoftext|>two <|endoftext|>", "I'll 12345 it's WE'VE", "", " ", "\r\n \x1c\u3000"]
+
+
+@pytest.mark.parametrize("kept", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"], ["vocab.json", "merges.txt", "tokenizer_config.json"]])
+def test_exported_tokenizers_give_tiktokens_ids(tmp_path, kept):
+    from transformers import AutoTokenizer
+    GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    for path in tmp_path.iterdir():
+        if path.name not in [*kept, "config.json"]:
+            path.unlink()
+    tokenizer, enc = AutoTokenizer.from_pretrained(tmp_path), train_gpt2.get_tokenizer()
+    for text in TEXTS:
+        ids = enc.encode(text, allowed_special="all")
+        assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_an_inference_engine_gives_our_greedy_tokens(tmp_path):
+    """CTranslate2, which is no requirement: it knows nothing of this file."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    from transformers import AutoTokenizer
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=50304))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.5 if ".h." in name else 0.2)
+    model.save_pretrained(tmp_path / "model")
+    ctranslate2.converters.TransformersConverter(str(tmp_path / "model")).convert(str(tmp_path / "converted"))
+    tokenizer, idx = AutoTokenizer.from_pretrained(tmp_path / "model"), train_gpt2.get_tokenizer().encode("Hello, I'm a language model,")
+    result = ctranslate2.Generator(str(tmp_path / "converted"), compute_type="float32").generate_batch(
+        [tokenizer.convert_ids_to_tokens(idx)], max_length=30, min_length=30, sampling_topk=1, include_prompt_in_result=False)
+    ours = model.generate(torch.tensor([idx]), 30, temperature=0)[0, len(idx):].tolist()
+    assert result[0].sequences_ids[0] == ours and len(set(ours)) > 5
+
+
 @pytest.mark.parametrize("error", [OSError("No space left on device"), safetensors.SafetensorError("No space left"),
                                    KeyboardInterrupt("No space left")])
-def test_saving_never_leaves_half_a_model(tmp_path, monkeypatch, error):
+def test_saving_never_leaves_half_a_file(tmp_path, monkeypatch, error):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=101))
     model.save_pretrained(tmp_path / "model")
     before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
@@ -192,21 +242,9 @@ def test_saving_never_leaves_half_a_model(tmp_path, monkeypatch, error):
         with pytest.raises((UserError, KeyboardInterrupt), match="No space left"):
             model.save_pretrained(tmp_path / "model")
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
     model.save_pretrained(tmp_path / "model")
     assert (load_file(tmp_path / "model" / "model.safetensors")["transformer.wpe.weight"] == 0).all()
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_saving_takes_nothing_elses_place(tmp_path):
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=101))
-    (tmp_path / "file").write_text("")
-    (tmp_path / "diary").mkdir()
-    (tmp_path / "diary" / "monday.txt").write_text("")
-    for name in "file", "diary":
-        with pytest.raises(UserError, match=f"{name} exists and is not a model"):
-            model.save_pretrained(tmp_path / name)
-    assert (tmp_path / "diary" / "monday.txt").exists()
+    assert {p.name for p in (tmp_path / "model").iterdir()} == before.keys()
 
 
 def test_weights_that_are_not_numbers_are_refused(hf_model, tmp_path):
@@ -219,50 +257,32 @@ def test_weights_that_are_not_numbers_are_refused(hf_model, tmp_path):
 # Tokenizers
 
 
-def swapped_vocabulary():
-    """GPT-2's vocabulary but for two words that change their numbers."""
-    vocabulary = json.loads(train_gpt2.VOCABULARY[1].read_text(encoding="utf-8"))
-    vocabulary["Ġweather"], vocabulary["Ġwhether"] = vocabulary["Ġwhether"], vocabulary["Ġweather"]
-    return json.dumps(vocabulary)
-
-
 def word_level():
     from tokenizers import Tokenizer, models
-    return Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).to_str()
+    return Tokenizer(models.WordLevel({"Hello": 0, "a": 1}, unk_token="a")).to_str()
 
 
 GPT2_VOCAB, GPT2_MERGES = (path.read_text(encoding="utf-8") for path in reversed(train_gpt2.VOCABULARY))
 FOREIGN = {
-    "two words": {"vocab.json": swapped_vocabulary(), "merges.txt": GPT2_MERGES},
-    "merges": {"vocab.json": GPT2_VOCAB, "merges.txt": "\n".join(GPT2_MERGES.split("\n")[:20_000])},
-    "vocab.json alone": {"vocab.json": swapped_vocabulary()},
-    "merges.txt alone": {"merges.txt": "#version: 0.2\nĠ t\n"},
+    "merges": {"vocab.json": GPT2_VOCAB, "merges.txt": "\n".join(GPT2_MERGES.split("\n")[:2_000])},
     "tokenizer.json": {"tokenizer.json": word_level()},
     "broken": {"tokenizer.json": "{"},
-    "vocab.txt": {"vocab.txt": "[UNK]\na\n"},
-    "sentencepiece": {"spiece.model": "x"},
 }
 TINY_FINETUNE = ("--init_from=pretrained --model=base --max_steps=2 --batch_size=2 --sequence_length=16 --total_batch_size=32 "
                  "--no-compile --device=cpu --eval_every=2").split()
 
 
-@pytest.mark.parametrize("kind, vocab_size", [("tokenizer.json", 50265), *((kind, 50257) for kind in FOREIGN)])
-def test_a_model_with_another_tokenizer_takes_token_files_alone(hf_model, text, tmp_path, monkeypatch, capsys, kind, vocab_size):
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_model_with_another_tokenizer_is_refused(hf_model, text, tmp_path, monkeypatch, capsys, kind):
     monkeypatch.chdir(tmp_path)
-    hf_model(vocab_size=vocab_size).save_pretrained("base")
+    hf_model(vocab_size=50257).save_pretrained("base")
     for name, content in FOREIGN[kind].items():
         (tmp_path / "base" / name).write_text(content, encoding="utf-8")
-    np.save("tokens.npy", np.arange(2000, dtype=np.uint16))
-    for flags in ["--data", str(text), "--num_samples=0"], ["--data=tokens.npy"], ["--max_steps=0"]:
+    for flags in ["--data", str(text), "--num_samples=0"], ["--max_steps=0"]:
         assert exit_code(*TINY_FINETUNE, *flags) == 1
-        assert "a text needs GPT-2's tokenizer" in capsys.readouterr().err
-    assert exit_code(*TINY_FINETUNE, "--data=tokens.npy", "--num_samples=0") == 0
-    exported = {path.name: path.read_bytes() for path in (tmp_path / "log" / "model").iterdir()}
-    for name, content in FOREIGN[kind].items():  # the tokenizer goes along, and is known again
-        assert exported[name] == content.encode()
-    assert len(exported) == 2 + len(FOREIGN[kind])
-    assert exit_code(*TINY_FINETUNE, "--model=log/model", "--data", text, "--out_dir=more") == 1
-    assert exit_code("--init_from=resume", "--max_steps=0", "--num_samples=1") == 1
+        err = capsys.readouterr().err
+        assert ("cannot load the tokenizer of base: " if kind == "broken" else "base has another tokenizer than GPT-2's") in err
+    assert not Path("log").exists()
 
 
 @pytest.mark.parametrize("files", [{}, {"vocab.json": GPT2_VOCAB, "merges.txt": GPT2_MERGES},
@@ -273,35 +293,19 @@ def test_gpt2s_tokenizer_or_none_takes_texts(hf_model, text, tmp_path, monkeypat
     for name, content in files.items():
         (tmp_path / "base" / name).write_text(content, encoding="utf-8")
     assert exit_code(*TINY_FINETUNE, "--data", text, "--num_samples=1", "--max_new_tokens=3") == 0
-    assert {"merges.txt", "vocab.json"} <= {path.name for path in (tmp_path / "log" / "model").iterdir()}
+    assert {"merges.txt", "vocab.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "log" / "model").iterdir()}
 
 
-def test_gpt2s_tokenizer_with_more_tokens_takes_texts_and_goes_along(hf_model, text, tmp_path, monkeypatch):
-    from transformers import AutoTokenizer, pipeline
-    monkeypatch.chdir(tmp_path)
-    GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=50257)).save_pretrained("gpt2s")
-    tokenizer = AutoTokenizer.from_pretrained("gpt2s")
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    hf_model(vocab_size=50258).save_pretrained("base")
-    tokenizer.save_pretrained("base")
-    assert exit_code(*TINY_FINETUNE, "--data", text, "--num_samples=1", "--max_new_tokens=3") == 0
-    assert AutoTokenizer.from_pretrained("log/model").pad_token == "<pad>"
-    assert pipeline("text-generation", "log/model")("Hello", max_new_tokens=3)[0]["generated_text"]
-    shutil.rmtree("log/model")
-    assert exit_code("--init_from=resume", "--max_steps=3", "--num_samples=0") == 0
-    assert AutoTokenizer.from_pretrained("log/model").pad_token == "<pad>"
-
-
-@pytest.mark.parametrize("vocab_size", [50260, 50304])
-def test_every_trained_row_is_exported(hf_model, tmp_path, monkeypatch, vocab_size):
+@pytest.mark.parametrize("vocab_size, exported", [(50260, 50260), (50304, 50257)])
+def test_all_rows_but_our_padding_are_tokens(hf_model, tmp_path, monkeypatch, vocab_size, exported):
     monkeypatch.chdir(tmp_path)
     hf_model(vocab_size=vocab_size).save_pretrained("base")
-    np.save("tokens.npy", np.full(500, 50258, np.uint16))
+    token = 50258 if exported > 50258 else 50256
+    np.save("tokens.npy", np.full(500, token, np.uint16))
     assert exit_code(*TINY_FINETUNE, "--data=tokens.npy", "--num_samples=1", "--max_new_tokens=3") == 0
     assert exit_code("--init_from=resume", "--max_steps=3", "--num_samples=0") == 0
     before, after = (load_file(f"{name}/model.safetensors")["transformer.wte.weight"] for name in ("base", "log/model"))
-    assert before.shape == after.shape and not torch.equal(before[50258], after[50258])
-    assert not {"merges.txt", "vocab.json"} & {path.name for path in (tmp_path / "log" / "model").iterdir()}
+    assert len(after) == exported and not torch.equal(before[token], after[token])
     assert exit_code(*TINY_FINETUNE, "--model=log/model", "--data=tokens.npy", "--num_samples=0", "--out_dir=more") == 0
 
 
@@ -324,7 +328,7 @@ def test_a_folder_named_like_a_model_id_is_said_to_be_taken(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
     assert exit_code("--init_from=pretrained", "--max_steps=0") == 1
-    assert "cannot load the local folder gpt2 as a GPT-2 model" in capsys.readouterr().err
+    assert "cannot load gpt2: no config.json in this folder" in capsys.readouterr().err
 
 
 def test_a_model_with_an_odd_context_samples_and_finetunes(hf_model, text, tmp_path, monkeypatch, capsys):
@@ -333,11 +337,19 @@ def test_a_model_with_an_odd_context_samples_and_finetunes(hf_model, text, tmp_p
     flags = ["--init_from=pretrained", "--model=base", "--device=cpu", "--num_samples=1", "--max_new_tokens=30"]
     assert exit_code(*flags, "--max_steps=0") == 0
     assert exit_code(*flags, "--max_steps=2", "--data", text, "--no-compile", "--eval_batches=2") == 0
-    assert "sequence_length 16, total_batch_size 1024" in capsys.readouterr().out
+    assert "tokens per step: 1024 = 16 micro-steps x 1 processes x B 4 x T 16" in capsys.readouterr().out
 
 
-def test_a_small_vocabulary_without_a_tokenizer_is_not_taken_for_gpt2s(hf_model, tmp_path, monkeypatch, capsys):
+def test_a_small_vocabulary_is_not_taken_for_gpt2s(hf_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     hf_model(vocab_size=101).save_pretrained("base")
     assert exit_code("--init_from=pretrained", "--model=base", "--max_steps=0", "--num_samples=1", "--device=cpu") == 1
-    assert "a text needs GPT-2's tokenizer" in capsys.readouterr().err
+    assert "samples and HellaSwag need GPT-2's 50257 tokens, but the model has 101: add --num_samples 0" in capsys.readouterr().err
+
+
+def test_a_new_field_of_the_model_reaches_a_pretrained_one(hf_model, tmp_path, monkeypatch):
+    """As --dropout would: GPT.from_pretrained takes the config that the flags made."""
+    hf_model().save_pretrained(tmp_path)
+    config = train_gpt2.pretrained_config(tmp_path)
+    config.dropout = 0.2
+    assert GPT.from_pretrained(tmp_path, config).config.dropout == 0.2

@@ -1,5 +1,4 @@
-"""Schedule, recipes, accumulation, evaluation and the checkpoint."""
-import dataclasses
+"""Schedule, numbers, accumulation, evaluation and the checkpoint."""
 import math
 import os
 from contextlib import nullcontext
@@ -13,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt2
 from conftest import NANO, ROOT, exit_code, load_checkpoint
-from train_gpt2 import (ADAMW_LR, MODELS, RECIPES, DataLoaderLite, GPT, GPTConfig, TrainConfig, UserError, choose_numbers,
-                        evaluate, get_lr, optimizer_step)
+from train_gpt2 import (ADAMW, FINETUNE, LECTURE, MODELS, DataLoaderLite, GPT, GPTConfig, TrainConfig, UserError, evaluate,
+                        get_lr, optimizer_step, read_flags, split_batch)
 
 CPU = torch.device("cpu")
 
@@ -34,7 +33,7 @@ def test_schedule_at_its_corners():
 
 @pytest.fixture
 def make():
-    """make(B) -> (model, its optimizer, a loader of B windows); the same weights and order each time."""
+    """make(B) -> (model, its optimizers, a loader of B windows); the same weights and order each time."""
 
     def make(B, optimizer="adamw"):
         torch.manual_seed(0)
@@ -45,15 +44,30 @@ def make():
     return make
 
 
-def one_step(model, optimizer, loader, grad_accum_steps=1, grad_clip=1.0, scaler=None, autocast=nullcontext()):
+def one_step(model, optimizers, loader, grad_accum_steps=1, grad_clip=1.0, scaler=None, autocast=nullcontext(), lr=1e-3):
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     cfg = TrainConfig(grad_clip=grad_clip)
-    loss, norm = optimizer_step(model, loader, optimizer, scaler, autocast, CPU, 1e-3, cfg, grad_accum_steps)
+    loss, norm = optimizer_step(model, loader, optimizers, scaler, autocast, CPU, lr, cfg, grad_accum_steps)
     return loss.item(), norm.item()
 
 
-def steps(model, optimizer, loader, grad_accum_steps, n=3):
-    return [one_step(model, optimizer, loader, grad_accum_steps) for _ in range(n)]
+def steps(model, optimizers, loader, grad_accum_steps, n=3):
+    return [one_step(model, optimizers, loader, grad_accum_steps) for _ in range(n)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_takes_its_own_rate_and_no_gradient_from_before(make, optimizer):
+    plain, dirty = make(4, optimizer), make(4, optimizer)
+    for p in dirty[0].parameters():
+        p.grad = torch.ones_like(p)  # as the probe of compile_model leaves them
+    before = [p.detach().clone() for p in plain[0].parameters()]
+    one_step(*plain, lr=1e-2), one_step(*dirty, lr=1e-2)
+    for a, b in zip(plain[0].parameters(), dirty[0].parameters()):
+        assert torch.equal(a, b)
+    moved = [p.detach().clone() for p in plain[0].parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(before, moved))
+    one_step(*plain, lr=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(moved, plain[0].parameters()))  # 0 counts at once, not a step later
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -88,15 +102,16 @@ def test_evaluate_is_the_mean_over_all_windows(make):
     assert loader.n_windows % 4  # so that the last batch is shorter
     expected = model(x, y)[1].item()
     position = loader.position
-    assert evaluate(model, loader, 0, nullcontext(), CPU) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(model, loader, loader.n_windows, nullcontext(), CPU) == pytest.approx(expected, rel=1e-6)
     assert evaluate(model, loader, 10**6, nullcontext(), CPU) == pytest.approx(expected, rel=1e-6)
-    assert evaluate(model, loader, 2, nullcontext(), CPU) == pytest.approx(model(x[:8], y[:8])[1].item(), rel=1e-6)
+    for n in 8, 7:
+        assert evaluate(model, loader, n, nullcontext(), CPU) == pytest.approx(model(x[:n], y[:n])[1].item(), rel=1e-6)
     assert loader.position == position  # training goes on where it was
 
 
 def test_the_default_validation_loss_covers_input_txt_and_no_more():
     cfg = TrainConfig()
-    n_windows = DataLoaderLite(train_gpt2.load_tokens(ROOT / "input.txt", "val"), 16, cfg.sequence_length).n_windows
+    n_windows = DataLoaderLite(train_gpt2.load_tokens(ROOT / "input.txt")[1], 16, cfg.sequence_length).n_windows
     assert (cfg.eval_batches - 1) * cfg.batch_size < n_windows <= cfg.eval_batches * cfg.batch_size
 
 
@@ -105,113 +120,155 @@ def test_the_end_of_the_cosine_is_a_tenth_unless_given():
     assert get_lr(100, TrainConfig(max_lr=0.5, min_lr=0.0, warmup_steps=10, max_steps=100)) == 0
 
 
-@pytest.mark.parametrize("given", [dict(), dict(max_lr=3e-5), dict(min_lr=2e-4), dict(max_lr=1e-3, min_lr=1e-3)])
-def test_the_rate_never_rises_after_the_warm_up(given):
-    for more in {}, dict(optimizer="adamw"):
-        cfg, _ = choose_numbers(given | more, NANO_SHAPE, {})
-        rates = [get_lr(step, cfg) for step in range(cfg.warmup_steps, cfg.max_steps + 10)]
-        assert rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(cfg.max_lr)
+@pytest.mark.parametrize("given", [[], ["--max_lr=3e-5"], ["--min_lr=2e-4"], ["--max_lr=1e-3", "--min_lr=1e-3"]])
+@pytest.mark.parametrize("more", [[], ["--optimizer=adamw"], ["--model=gpt2"]])
+def test_the_rate_never_rises_after_the_warm_up(given, more):
+    cfg = read_flags(given + more)
+    rates = [get_lr(step, cfg) for step in range(cfg.warmup_steps, cfg.max_steps + 10)]
+    assert rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(cfg.max_lr)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("batch_size", 0), ("sequence_length", -1), ("temperature", -0.1), ("temperature", math.nan), ("top_k", -1),
-    ("max_steps", -1), ("max_lr", math.inf), ("seed", -1), ("num_samples", -1), ("max_new_tokens", 0)])
-def test_impossible_values(field, value):
-    with pytest.raises(UserError, match=f"--{field} must be a finite number of at least [01], not {value}"):
-        choose_numbers({field: value}, GPTConfig(), {})
+@pytest.mark.parametrize("name, value", [
+    ("batch_size", 0), ("sequence_length", -1), ("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("max_steps", -1),
+    ("max_lr", math.inf), ("seed", -1), ("num_samples", -1), ("max_new_tokens", 0), ("shard_size", 0), ("total_batch_size", 0),
+    ("grad_clip", -1.0), ("warmup_steps", -1), ("weight_decay", math.nan), ("eval_every", -1), ("eval_batches", -1), ("save_every", -1),
+    ("log_every", -1), ("min_lr", -1.0), ("n_layer", 0), ("n_head", 0), ("n_embd", 0), ("block_size", 0), ("vocab_size", 0)])
+def test_impossible_numbers(name, value):
+    with pytest.raises(UserError, match=f"--{name} must be a finite number of at least [01], not {value}"):
+        read_flags([f"--{name}={value}"])
 
 
-@pytest.mark.parametrize("field", ["n_layer", "n_head", "n_embd", "block_size", "vocab_size"])
-def test_impossible_shapes(field):
-    with pytest.raises(UserError, match=f"--{field} must be a finite number of at least 1, not 0"):
-        choose_numbers({}, GPTConfig(**{field: 0}), {})
+# What is trained gives the numbers
+
+def numbers_of(*flags):
+    """-> all fields of the TrainConfig that these flags give, but for the shape's n_layer ... vocab_size."""
+    return {name: value for name, value in vars(read_flags(list(flags))).items() if name not in vars(GPTConfig())}
 
 
-# Recipes
-
-NANO_SHAPE, GPT2_SHAPE = GPTConfig(**MODELS["nano"]), GPTConfig()
-CASES = {"laptop": (dict(), NANO_SHAPE), "laptop with adamw": (dict(optimizer="adamw"), NANO_SHAPE),
-         "lecture": (dict(model="gpt2"), GPT2_SHAPE), "finetune": (dict(init_from="pretrained"), GPT2_SHAPE)}
+def test_the_bare_run_is_what_the_file_says():
+    assert vars(read_flags([])) == vars(TrainConfig(model="nano"))
+    assert MODELS["nano"] == {}
 
 
-def test_every_recipe_has_a_case():
-    assert CASES.keys() == RECIPES.keys()
-
-
-@pytest.mark.parametrize("recipe", CASES)
-def test_every_number_of_a_recipe_counts_unless_given(recipe):
-    given, shape = CASES[recipe]
-    cfg, source = choose_numbers(given, shape, {})
-    assert source == f"the {recipe} recipe"
-    size = "nano" if shape is NANO_SHAPE else "gpt2"
-    changed = {name: value[size] if isinstance(value, dict) else value for name, value in RECIPES[recipe].items()}
-    assert vars(cfg) == vars(TrainConfig()) | changed | given
-    for name, value in changed.items():
-        if name not in ("model", "optimizer", "sequence_length", "batch_size", "total_batch_size"):
-            assert getattr(choose_numbers({**given, name: 2 * value}, shape, {})[0], name) == 2 * value
+@pytest.mark.parametrize("name", list(MODELS)[1:])
+def test_every_number_of_a_row_counts_unless_a_flag_says_otherwise(name):
+    row = MODELS[name]
+    assert vars(read_flags(["--model", name])) == vars(TrainConfig(model=name)) | row
+    for field in "max_lr", "warmup_steps", "max_steps", "eval_every", "weight_decay", "n_layer":
+        assert getattr(read_flags(["--model", name, f"--{field}={2 * row[field]}"]), field) == 2 * row[field]
 
 
 def test_the_numbers_of_the_lecture_and_of_gpt3():
-    cfg, _ = choose_numbers(dict(model="gpt2"), GPT2_SHAPE, {})
-    assert (cfg.sequence_length, cfg.total_batch_size, cfg.max_lr, cfg.warmup_steps, cfg.max_steps) == (
-        1024, 524288, 6e-4, 715, 19073)
+    cfg = read_flags(["--model=gpt2"])
+    assert (cfg.sequence_length, cfg.total_batch_size, cfg.max_lr, cfg.warmup_steps, cfg.max_steps) == (1024, 524288, 6e-4, 715, 19073)
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, cfg.vocab_size) == (12, 12, 768, 1024, 50304)
     assert get_lr(0, cfg) == pytest.approx(8.39e-7, rel=1e-3) and get_lr(19073, cfg) == pytest.approx(6e-5)
-    rates = {name: choose_numbers(dict(model=name), GPTConfig(**MODELS[name]), {})[0].max_lr for name in list(MODELS)[1:]}
+    rates = {name: read_flags([f"--model={name}"]).max_lr for name in list(MODELS)[1:]}
     assert rates == {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
+    assert all(row.items() >= LECTURE.items() for row in list(MODELS.values())[1:])
 
 
-def test_finetuning_takes_a_tenth_of_the_rate_of_the_nearest_size():
-    for n_embd, size in (32, "nano"), (96, "nano"), (768, "gpt2"), (1000, "gpt2-medium"), (1600, "gpt2-xl"):
-        cfg, _ = choose_numbers(dict(init_from="pretrained", model="folder"), GPTConfig(n_embd=n_embd), {})
-        assert cfg.max_lr == pytest.approx(ADAMW_LR[size] / 10) and cfg.optimizer == "adamw" and cfg.model == "folder"
+def test_adamw_takes_a_rate_of_its_own_by_the_flag_alone(monkeypatch):
+    assert numbers_of("--optimizer=adamw") == numbers_of() | ADAMW | dict(optimizer="adamw")
+    assert read_flags(["--optimizer=adamw", "--max_lr=0.5"]).max_lr == 0.5
+    assert read_flags(["--model=gpt2", "--optimizer=adamw"]).max_lr == 6e-4  # the row has a rate
+    monkeypatch.setattr(TrainConfig.__init__, "__defaults__", TrainConfig.__init__.__defaults__)  # put back after the edits
+    edit(monkeypatch, optimizer="adamw", max_lr=0.123)
+    assert read_flags([]).max_lr == read_flags(["--optimizer=adamw"]).max_lr == 0.123  # edited together
 
 
-def test_a_sequence_is_no_longer_than_the_model_unless_a_flag_says_so():
-    for block_size, T in (64, 64), (256, 256), (1024, 256), (16, 16):
-        shape = GPTConfig(block_size=block_size)
-        assert choose_numbers(dict(init_from="pretrained"), shape, {})[0].sequence_length == T
-    with pytest.raises(UserError, match="--sequence_length 65 is over the model's block_size 64$"):
-        choose_numbers(dict(sequence_length=65, total_batch_size=65 * 16), NANO_SHAPE, {})
+def edit(monkeypatch, **numbers):
+    """As if a user had changed these numbers in TrainConfig."""
+    init = TrainConfig.__init__
+    names = list(TrainConfig.__dataclass_fields__)
+    defaults = [numbers.get(name, default) for name, default in zip(names, init.__defaults__)]
+    monkeypatch.setattr(init, "__defaults__", tuple(defaults))
+    for name, value in numbers.items():
+        monkeypatch.setattr(TrainConfig.__dataclass_fields__[name], "default", value)
+        monkeypatch.setattr(TrainConfig, name, value)
 
 
-def test_a_given_sequence_length_leaves_the_total_alone():
-    cfg, _ = choose_numbers(dict(sequence_length=32), GPTConfig(block_size=50), {})  # 50 would not divide 1024
-    assert (cfg.sequence_length, cfg.total_batch_size) == (32, 1024)
+def test_an_edit_of_the_defaults_shows_in_the_bare_run_and_a_row_beats_it(monkeypatch):
+    edit(monkeypatch, max_lr=0.123, n_layer=3, model="gpt2")
+    assert (read_flags([]).max_lr, read_flags([]).n_layer) == (6e-4, 12)
+    assert (read_flags(["--model=nano"]).max_lr, read_flags(["--model=nano"]).n_layer) == (0.123, 3)
+    monkeypatch.setitem(MODELS["gpt2"], "max_lr", 0.5)
+    assert read_flags([]).max_lr == 0.5
 
 
-def test_a_contradiction_says_what_is_from_the_recipe():
-    with pytest.raises(UserError, match=r"--total_batch_size 524288 \(from the lecture recipe\) is not a multiple of "
-                                        r"--batch_size 12 x --sequence_length 1024 \(from the lecture recipe\) x 1 processes"):
-        choose_numbers(dict(model="gpt2", batch_size=12), GPT2_SHAPE, {})
-    with pytest.raises(UserError, match=r"--min_lr 0.001 is over --max_lr 0.0006 \(from the lecture recipe\)"):
-        choose_numbers(dict(model="gpt2", min_lr=1e-3), GPT2_SHAPE, {})
-    with pytest.raises(UserError, match=r"--min_lr 1.0 is over --max_lr 0.5$"):
-        choose_numbers(dict(max_lr=0.5, min_lr=1.0), NANO_SHAPE, {})
+def test_a_row_of_ones_own(monkeypatch):
+    monkeypatch.setitem(MODELS, "mini", dict(n_layer=2, n_head=2, n_embd=128, block_size=64))
+    cfg = read_flags(["--model=mini"])
+    assert vars(cfg) == vars(TrainConfig(model="mini", n_layer=2, n_head=2, n_embd=128))
+    monkeypatch.setitem(MODELS, "short", dict(block_size=24))
+    assert read_flags(["--model=short"]).sequence_length == 16  # divides total_batch_size
+    with pytest.raises(UserError, match="--model mine is not one of nano, gpt2, .*, mini, short; for a HuggingFace id"):
+        read_flags(["--model=mine"])
 
 
-def test_an_edit_of_the_defaults_shows_in_the_bare_run(monkeypatch):
-    monkeypatch.setattr(train_gpt2, "TrainConfig", dataclasses.make_dataclass(
-        "Edited", [("max_lr", float, 0.123)], bases=(TrainConfig,)))
-    assert choose_numbers({}, NANO_SHAPE, {})[0].max_lr == 0.123
-    monkeypatch.setattr(train_gpt2, "TrainConfig", dataclasses.make_dataclass(
-        "Edited", [("optimizer", str, "adamw"), ("max_lr", float, 0.123)], bases=(TrainConfig,)))
-    assert choose_numbers({}, NANO_SHAPE, {})[0].max_lr == 0.123  # beside another edit, too
-    monkeypatch.setitem(RECIPES["lecture"], "max_lr", 0.5)
-    assert choose_numbers(dict(model="gpt2"), GPT2_SHAPE, {})[0].max_lr == 0.5
+@pytest.fixture
+def pretrained(monkeypatch):
+    """pretrained(setting=value, ...): every model's config.json has this shape."""
+    def be(**shape):
+        monkeypatch.setattr(train_gpt2, "pretrained_config", lambda name: GPTConfig(**shape))
+    return be
 
 
-def saved(path, make, step=3, scaler=None):
-    model, optimizer, loader = make(4)
-    steps(model, optimizer, loader, 1)
+def test_finetuning_takes_one_low_rate_for_every_size(pretrained):
+    for n_embd in 32, 768, 1600:
+        pretrained(n_embd=n_embd, n_head=4)
+        cfg = read_flags(["--init_from=pretrained", "--model=folder"])
+        assert (cfg.max_lr, cfg.optimizer, cfg.model, cfg.n_embd, cfg.vocab_size) == (5e-5, "adamw", "folder", n_embd, 50257)
+        assert FINETUNE.items() <= vars(cfg).items()
+    assert read_flags(["--init_from=pretrained"]).model == "gpt2"
+    assert read_flags(["--init_from=pretrained", "--max_lr=1e-3"]).max_lr == 1e-3
+    with pytest.raises(UserError, match="cannot change --n_layer from 12 to 3: the weights have this shape"):
+        read_flags(["--init_from=pretrained", "--n_layer=3"])
+
+
+def test_a_sequence_is_no_longer_than_the_model_unless_a_flag_says_so(pretrained):
+    for block_size, T in (64, 64), (256, 256), (1024, 256), (16, 16), (50, 32):
+        pretrained(block_size=block_size)
+        assert read_flags(["--init_from=pretrained"]).sequence_length == T
+    with pytest.raises(UserError, match="--sequence_length 65 is over --block_size 64$"):
+        read_flags(["--sequence_length=65", "--total_batch_size=1040"])
+
+
+def test_contradictions_name_both_sides():
+    with pytest.raises(UserError, match=r"--total_batch_size 1000 is not a multiple of --sequence_length 64 x 1 processes"):
+        read_flags(["--total_batch_size=1000"])
+    with pytest.raises(UserError, match=r"--min_lr 0.001 is over --max_lr 0.0006"):
+        read_flags(["--model=gpt2", "--min_lr=1e-3"])
+    with pytest.raises(UserError, match="--n_embd 100 is not a multiple of --n_head 3"):
+        read_flags(["--n_embd=100", "--n_head=3"])
+
+
+@pytest.mark.parametrize("world_size, batch_size, expected", [
+    (1, 16, (16, 1)), (2, 16, (8, 1)), (1, 10, (8, 2)), (1, 12, (8, 2)), (1, 1, (1, 16)), (1, 10**9, (16, 1)), (16, 16, (1, 1)), (4, 3, (2, 2))])
+def test_a_batch_is_the_largest_that_divides_a_step(monkeypatch, world_size, batch_size, expected):
+    monkeypatch.setattr(train_gpt2, "WORLD_SIZE", world_size)
+    B, grad_accum_steps = split_batch(TrainConfig(batch_size=batch_size))
+    assert (B, grad_accum_steps) == expected and world_size * B * grad_accum_steps * 64 == 1024
+
+
+def test_fewer_tokens_than_one_sequence_a_process_are_no_step(monkeypatch):
+    monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 32)
+    with pytest.raises(UserError, match="1024 is not a multiple of --sequence_length 64 x 32 processes"):
+        read_flags([])
+
+
+def saved(out_dir, make, step=3, scaler=None):
+    model, optimizers, loader = make(4)
+    steps(model, optimizers, loader, 1)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    log = {(step, "train"): (5.0, 64 * step)}
-    train_gpt2.save_checkpoint(path, step, model, optimizer, scaler, loader, TrainConfig(), log)
-    return model, optimizer, loader
+    cfg, log = TrainConfig(out_dir=str(out_dir), save_every=1), {(step, "train"): (5.0, 64 * step)}
+    train_gpt2.save_run(step, False, model, optimizers, scaler, loader, cfg, log)
+    return model, optimizers, loader
 
 
 def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys, make):
     path = tmp_path / "ckpt.pt"
-    saved(path, make, step=1)
+    saved(tmp_path, make, step=2)
 
     def full_disk(state, path):
         path.write_bytes(b"half")
@@ -219,13 +276,11 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys
 
     with monkeypatch.context() as m:
         m.setattr(torch, "save", full_disk)
-        with pytest.raises(OSError):
-            saved(path, make, step=2)
-    assert list(tmp_path.iterdir()) == [path]
+        saved(tmp_path, make, step=3)
+    assert "warning: step 3: could not save in" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".tmp*"))
     checkpoint = load_checkpoint(path)
-    assert checkpoint["step"] == 1
-    torch.save({key: value for key, value in checkpoint.items() if key != "log"}, path)
-    assert exit_code("--init_from=resume", "--out_dir", tmp_path) == 1 and "'log'" in capsys.readouterr().err
+    assert checkpoint["step"] == 2
     checkpoint["train_config"]["dropout"] = checkpoint["train_config"].pop("seed")
     torch.save(checkpoint, path)
     assert exit_code("--init_from=resume", "--out_dir", tmp_path) == 1
@@ -234,21 +289,19 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
-    calls = []
+    calls, path = [], tmp_path / "loss.png"
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync") or fsync(fd))
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").write_text("")
-    (tmp_path / "folder.tmp" / "folder").mkdir(parents=True)  # left by a killed run
-    (tmp_path / "folder.tmp" / "folder" / "stale").write_text("")
-    with train_gpt2.atomic_write(tmp_path / "folder") as tmp:
-        tmp.mkdir()
-        (tmp / "a").write_text("a")
-        (tmp / "b").write_text("b")
-    assert calls == ["fsync", "fsync", "replace", "replace"]  # the old folder steps aside, the new one in
-    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["a", "b"]
-    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    path.write_text("old")
+    with train_gpt2.atomic_write(path) as tmp:
+        tmp.write_text("new")
+        assert path.read_text() == "old" and tmp.suffix == ".png"
+    assert calls == ["fsync", "replace"] and path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyboardInterrupt), train_gpt2.atomic_write(path) as tmp:
+        tmp.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 class Evil:
@@ -256,7 +309,7 @@ class Evil:
         return open, ("evil", "w")
 
 
-@pytest.mark.parametrize("content", [Evil(), {"model": {}}, [1], {"format": 0}, b"", b"PK\x03\x04 and no more"])
+@pytest.mark.parametrize("content", [Evil(), {"model": {}}, [1], {"optimizers": 0}, b"", b"PK\x03\x04 and no more"])
 def test_strange_checkpoints_are_refused_and_run_nothing(tmp_path, monkeypatch, capsys, content):
     monkeypatch.chdir(tmp_path)
     path = Path("ckpt.pt")
@@ -268,8 +321,8 @@ def test_strange_checkpoints_are_refused_and_run_nothing(tmp_path, monkeypatch, 
 
 def test_a_norm_is_that_of_the_unscaled_gradients_and_clipping_follows(make):
     def gradients(grad_clip, scaler=None):
-        model, optimizer, loader = make(4)
-        norm = one_step(model, optimizer, loader, grad_clip=grad_clip, scaler=scaler)[1]
+        model, optimizers, loader = make(4)
+        norm = one_step(model, optimizers, loader, grad_clip=grad_clip, scaler=scaler)[1]
         return norm, torch.cat([p.grad.flatten() for p in model.parameters()])
 
     norm, clipped = gradients(0.01)
@@ -312,7 +365,7 @@ def test_float16_on_a_cpu_survives_overflowing_gradients(make):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("scaling", [False, True])
 def test_a_step_does_not_wait_for_a_gpu(make, name, scaling):
-    """On a GPU each read of a number by Python is a wait; to scale for Muon takes one, whether to skip the update."""
+    """On a GPU each read of a number by Python is a wait; to scale takes one, whether to skip the update."""
     reads = []
 
     class Count(TorchDispatchMode):
@@ -328,7 +381,7 @@ def test_a_step_does_not_wait_for_a_gpu(make, name, scaling):
         reads.clear()
         with Count():
             optimizer_step(model, ready, optimizer, scaler, nullcontext(), CPU, 1e-3, TrainConfig(), 3)
-    assert len(reads) == (scaling and name == "muon")
+    assert len(reads) == scaling
 
 
 @pytest.mark.parametrize("name", ["transformer.ln_f.bias", "transformer.h.0.mlp.c_fc.weight"])  # AdamW's, Muon's
@@ -338,8 +391,9 @@ def test_an_overflow_anywhere_skips_the_whole_update(make, name, grad_clip):
     before = [p.detach().clone() for p in model.parameters()]
     model.get_parameter(name).register_hook(lambda grad: grad * math.inf)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    one_step(model, optimizer, loader, grad_clip=grad_clip, scaler=scaler)
-    assert scaler.get_scale() == 1.0
+    for scale in 1.0, 0.5:
+        one_step(model, optimizer, loader, grad_clip=grad_clip, scaler=scaler)
+        assert scaler.get_scale() == scale
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
@@ -368,18 +422,12 @@ def test_loss_png_has_both_losses_over_tokens(tmp_path, monkeypatch):
     train_gpt2.plot_losses(tmp_path / "loss.png", {})
 
 
-def test_processes_that_read_different_checkpoints_or_data_do_not_go_on(tmp_path, monkeypatch, make):
-    model, _, loader = saved(tmp_path / "ckpt.pt", make)
-    cfg = TrainConfig(out_dir=str(tmp_path), batch_size=4, sequence_length=16, total_batch_size=128, compile=False,
-                      max_steps=3, optimizer="adamw", seed=1, eval_every=0)
-    monkeypatch.setattr(train_gpt2, "load_tokens", lambda path, split: loader.shards)
-
-    def resume():
-        train_gpt2.train(cfg, model, load_checkpoint(tmp_path / "ckpt.pt"), CPU, torch.float32)
-
-    resume()
-    for step, n_windows in (1, 0), (0, 1):  # what another process has more than this one
-        monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 2)
-        monkeypatch.setattr(train_gpt2, "sum_over_ranks", lambda a, b: (2 * a + step, 2 * b + n_windows))
-        with pytest.raises(UserError, match="the processes read different " + ("checkpoints" if step else "data")):
-            resume()
+def test_a_resumed_run_takes_the_state_and_this_runs_numbers(make, tmp_path):
+    _, optimizers, loader = saved(tmp_path, make)
+    model, other, new_loader = make(4)
+    other = model.configure_optimizers("adamw", 0.7, 1e-3)
+    train_gpt2.restore(load_checkpoint(tmp_path / "ckpt.pt"), other, torch.amp.GradScaler("cpu", enabled=False), new_loader)
+    assert new_loader.position == loader.position == 12
+    assert [group["weight_decay"] for group in other[0].param_groups] == [0.7, 0.0]
+    for a, b in zip(optimizers[0].state_dict()["state"].values(), other[0].state_dict()["state"].values()):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
