@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 # OpenMP's threads spin while they wait. Spinning less leaves the cores to other programs: beside three busy
-# programs a step is 1.8 times as fast, alone 2% slower (two AMX cores). Read when torch is loaded.
+# programs a step is 1.8 times as fast, alone 2% slower (two AMX cores). Must be set before importing torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -89,7 +90,7 @@ class TrainConfig(GPTConfig):
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 34  # batches of batch_size in a validation loss, over all processes; 0: all
+    eval_batches: int = 34  # batches of batch_size in a validation loss, over all processes; 0: all of them
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
     log_every: int = 25  # steps between training losses in the console and log.txt; 0: none
@@ -107,12 +108,12 @@ class TrainConfig(GPTConfig):
     shuffle: bool = True  # reshuffle the token windows each epoch; else read in order
 
 LECTURE = dict(  # a GPT-2 from scratch: 10B tokens, 375M of them warm-up; 16 sequences of the 124M fit 24 GB
-    optimizer="adamw", warmup_steps=715, weight_decay=0.1, max_steps=19073,
+    optimizer="adamw", warmup_steps=715, max_steps=19073,
     block_size=1024, batch_size=16, sequence_length=1024, total_batch_size=524288,
     eval_every=250, eval_batches=160, save_every=1000)
 
-MODELS = {  # what --model trains from scratch: all that differs from TrainConfig. max_lr is from GPT-3's
-    # table (Brown et al. 2020, table 2.1). A row of your own works like these.
+MODELS = {  # what --model trains from scratch: all that differs from TrainConfig. max_lr is GPT-3's (Brown
+    # et al. 2020, table 2.1). A row of your own works like these.
     "nano": dict(),
     "gpt2": dict(LECTURE, n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),  # 124M parameters
     "gpt2-medium": dict(LECTURE, n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),  # 355M
@@ -120,7 +121,7 @@ MODELS = {  # what --model trains from scratch: all that differs from TrainConfi
     "gpt2-xl": dict(LECTURE, n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),  # 1558M
 }
 
-ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # for --optimizer adamw with a row that has no max_lr, as nano
+ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # for AdamW where the row has no max_lr, as nano's
 
 FINETUNE = dict(  # for --init_from pretrained: a rate low enough not to undo the pretraining
     optimizer="adamw", max_lr=5e-5, max_steps=200, batch_size=4, sequence_length=256, total_batch_size=1024,
@@ -145,7 +146,7 @@ class KVCache:
 
 class CausalSelfAttention(nn.Module):
     """Every position looks at itself and those before. x: (B, T, C) -> (B, T, C)."""
-    attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18] flash; on a CPU: section 8
+    attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18] flash; replaced on a CPU (section 8)
 
     def __init__(self, config):
         super().__init__()
@@ -216,7 +217,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            # Each block adds the outputs of two of these to the residual stream; 1/sqrt(2 n_layer) keeps its
+            # Each block adds the outputs of two c_proj to the residual stream; 1/sqrt(2 n_layer) keeps its
             # variance from growing with depth.
             if name.endswith("c_proj.weight"):
                 p *= (2 * self.config.n_layer) ** -0.5
@@ -236,8 +237,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # The loss alone: a compiled step that also returned logits would hold them, and a gradient of zeros
-        # for them, until backward: (B, T, V) twice.
+        # No logits: until backward a compiled step would hold them, and a gradient of zeros for them.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -352,7 +352,7 @@ class GPT(nn.Module):
 def pretrained_config(name):  # [3:39]
     """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if model or tokenizer is not GPT-2's."""
     import transformers
-    transformers.utils.logging.set_verbosity_error()  # GPT.from_pretrained raises where this would only warn
+    transformers.utils.logging.set_verbosity_error()  # GPT.from_pretrained raises where it only warns
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         hint = f" (there is one in {folder / 'model'})" if (folder / "model" / "config.json").exists() else ""
@@ -403,9 +403,9 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-scale * group["lr"])
 
 def orthogonal(x, dtype=torch.float32):
-    """x: (n, rows, columns) -> the same with singular values near 1, computed in dtype. Newton-Schulz: with
-    gram = x xT, the matrix (a + b gram + c gram^2) x has the singular vectors of x, and a s + b s^3 + c s^5
-    for each singular value s. Five rounds with Jordan's a, b, c bring every s in (0, 1] near 1."""
+    """x: (n, rows, columns) -> the same with singular values near 1, computed in dtype. Newton-Schulz:
+    with gram = x xT, the matrix (a + b gram + c gram^2) x has the singular vectors of x, and for each
+    singular value s now a s + b s^3 + c s^5. Five rounds with Jordan's a, b, c bring s in (0, 1] near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
     is_tall = x.size(1) > x.size(2)
@@ -437,16 +437,17 @@ def get_tokenizer():  # [33:31]
         return tiktoken.Encoding(
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT_TEXT: EOT})
 
-TOKENS, DOCUMENTS = (".npy", ".bin"), (".jsonl", ".json")  # endings of files; all others are texts
+# Kinds of data by the endings of their files; all others are texts.
+TOKENS, DOCUMENTS = (".npy", ".bin"), (".jsonl", ".ndjson", ".json")
 
 def data_files(path):
-    """path: as --data -> list of the file itself or, by name, of a folder's files of the first kind that is
-    there: token shards, .jsonl, .txt. Raises UserError if there is none."""
+    """path: as --data -> [path] for a file; for a folder its files, sorted by name, of the first kind that
+    it has: token shards, .jsonl, .txt. Raises UserError if it has none."""
     path = Path(path)
     require(path.exists(), f"--data {path} does not exist")
     if not path.is_dir():
         return [path]
-    for endings in TOKENS, (".jsonl",), (".txt",):
+    for endings in TOKENS, (".jsonl", ".ndjson"), (".txt",):
         files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in endings)
         if files:
             return files
@@ -474,7 +475,7 @@ def read_documents(path):
         for number, line in enumerate(file, 1):
             if line.strip():
                 with explain(f"{path}:{number} is not a JSON object on a line of its own"):
-                    document = {**json.loads(line)}  # raises if it is anything else, as an array
+                    document = {**json.loads(line)}  # raises for anything else, such as an array
                 names = ", ".join(document) or "none"
                 is_text = isinstance(document.get("text"), str)
                 require(is_text, f'{path}:{number} has no string in a field "text"; its fields: {names}')
@@ -493,14 +494,14 @@ def tokenize(files):
     n_cores, n_bytes = os.cpu_count(), sum(file.stat().st_size for file in files)
     with progress(total=n_bytes, unit="B", unit_scale=True, desc="tokenizing") as bar:
         while batch := list(itertools.islice(pieces, 4 * n_cores)):
-            with explain("cannot tokenize: a million spaces or newlines in a row are too many"):
+            with explain("cannot tokenize (a million spaces or newlines in a row are too many)"):
                 yield from get_tokenizer().encode_batch(batch, num_threads=n_cores, allowed_special="all")
             bar.update(sum(len(piece.encode(errors="replace")) for piece in batch))
 
 def load_tokens(path):
     """path: as --data -> (train, val), lists of (N,) uint16 arrays. In a folder of token shards, files with
     the word train in their names are train, those with the word val are val; of anything else the last tenth
-    of the tokens is val. Token files are memory-mapped, a text's tokens are in the memory of each process."""
+    of the tokens is val. Token files are memory-mapped; each process holds a text's tokens in memory."""
     path, files = Path(path), data_files(path)
     is_folder, are_tokens = path.is_dir(), files[0].suffix.lower() in TOKENS
     what = f": {len(files)} {files[0].suffix}" if is_folder else ""
@@ -589,7 +590,7 @@ class DataLoaderLite:  # [1:02:00]
         # Read up to 32 windows, spread out: tokens of another vocabulary fail now, not in mid-run. Together
         # with the number of windows they show a resumed run whether the data is the same.
         x, _ = self.get(range(0, self.n_windows, 1 + self.n_windows // 32))
-        self.fingerprint = zlib.crc32(x.numpy(), self.n_windows)
+        self.fingerprint = zlib.crc32(x.numpy(), self.n_windows)  # n_windows: where the checksum begins
 
     def get(self, positions):
         """positions: those of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
@@ -603,7 +604,7 @@ class DataLoaderLite:  # [1:02:00]
                 window = int(self.window_order(n, self.seed, epoch, shard)[window])
             first = window * self.T
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
-            if tokens.max() >= self.n_tokens:  # a GPU would say "device-side assert"
+            if tokens.max() >= self.n_tokens:  # a GPU would only say "device-side assert"
                 name = getattr(self.shards[shard], "filename", "--data")
                 raise UserError(f"{name} has token {tokens.max()}, but the model has only {self.n_tokens} "
                                 "tokens (--vocab_size)")
@@ -626,7 +627,7 @@ class DataLoaderLite:  # [1:02:00]
 
 
 # 4 Evaluation [3:23:10] ---
-@torch.no_grad()  # no model.eval(): GPT has no dropout (with one: here, evaluate_hellaswag and generate)
+@torch.no_grad()  # no dropout, so no model.eval(): if you add it, here and in evaluate_hellaswag, generate
 def evaluate(model, loader, n, autocast, device):
     """-> mean loss in nats over the loader's first n windows, or all if there are fewer."""
     n, loss_accum = min(n, loader.n_windows), 0.0
@@ -701,7 +702,7 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun sets all four variables; fewer are another program's.
+# This process's number and how many there are. torchrun sets all four; a part of them is another program's.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
@@ -715,7 +716,7 @@ def print0(text):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
 
-# A bar in process 0 alone, for what takes over 5 seconds. disable=None: only where a terminal shows it.
+# A bar in process 0 alone, shown after 5 seconds. disable=None: only on a terminal.
 progress = functools.partial(tqdm, delay=5, leave=False, disable=None if RANK == 0 else True)
 
 def sum_over_ranks(*values):
@@ -770,7 +771,7 @@ def pick_dtype(name, device):  # [1:39:38]
 NOT_FINITE = "not finite; not saved. Try a lower --max_lr, more --warmup_steps, --dtype float32"
 
 def get_lr(step, cfg):  # [2:21:06]
-    """-> learning rate of the update that follows `step` others: linear warm-up, then a cosine to min_lr."""
+    """-> learning rate of update number step + 1: linear warm-up, then a cosine to min_lr."""
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
     min_lr = cfg.max_lr / 10 if cfg.min_lr is None else cfg.min_lr
@@ -846,13 +847,14 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
         return
     val_losses = {k: value for (k, stream), (value, _) in log.items() if stream == "val" and k > 0}
     best_step = min(val_losses, key=val_losses.get, default=step)
-    is_best = best_step == step if val_losses else is_end  # nothing measured: the last
+    is_best = best_step == step and (step in val_losses or is_end)  # nothing measured: the last weights
     try:
-        if step == 1:  # a new run has made an update: an old checkpoint must not pass for its own
+        if step == 1 and cfg.init_from != "resume":  # with --overwrite an old run's ckpt.pt may be here
             (out_dir / "ckpt.pt").unlink(missing_ok=True)
-        # model/ before ckpt.pt: a run that is killed between the two repeats this step and writes it again.
+        # model/ first: a run that is killed between the two repeats this step and writes both again.
         if is_best:
             model.save_pretrained(out_dir / "model")
+            is_best = False  # it is kept: what fails below costs it nothing
         if is_due and cfg.save_every > 0:
             ckpt = dict(  # tensors and plain values: weights_only loads nothing else
                 step=step, position=loader.position, fingerprint=loader.fingerprint, log=log,
@@ -862,12 +864,14 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
                 torch.save(ckpt, tmp)
         if step == 1 or is_end or any(k == step for k, _ in log):
             lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-            with atomic_write(out_dir / "log.txt") as tmp:  # in full: it may go beyond a resumed ckpt.pt
+            with atomic_write(out_dir / "log.txt") as tmp:  # in full: the old file may be ahead of ckpt.pt
                 tmp.write_text("".join(lines))
     except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
-        problem = f"step {step}: could not save in {out_dir}: {first_line(e)}"
+        problem = f"step {step}: could not save in {out_dir} (a full disk?): {first_line(e)}"
         require(not is_end, problem)
         print0(f"warning: {problem}")
+        if is_best:
+            del log[step, "val"]  # model/ may lack these weights: a later loss may become the best
     if is_due or step in val_losses:
         try:
             plot_losses(out_dir / "loss.png", log)
@@ -934,7 +938,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
 
     # ---- model trains; raw_model, which it wraps, evaluates (any length), samples and is saved ----
     model = raw_model
-    if cfg.compile and start < cfg.max_steps and device.type != "mps":  # compiled results are wrong on MPS
+    if cfg.compile and start < cfg.max_steps and device.type != "mps":  # on MPS its results are wrong
         model = compile_model(raw_model, loader, autocast, device)
     if WORLD_SIZE > 1:  # [2:46:52] broadcasts process 0's weights
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
@@ -1004,7 +1008,7 @@ def explain(doing):
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"{doing}: {str(e) or repr(e)}") from e
+        raise UserError(f"{doing}: {' '.join(str(e).split()) or repr(e)}") from e
 
 @contextmanager
 def atomic_write(path):
@@ -1034,8 +1038,8 @@ AT_LEAST_0 = ["max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "
 
 def read_flags(argv):
     """argv: list of flags -> TrainConfig. Raises UserError if they contradict each other. They are read
-    twice: first to see what is trained, then with its numbers as defaults. A flag beats a default, except in
-    the fields of the last column:
+    twice: first to see what is trained, then with its numbers as defaults. Flags override defaults; the last
+    column lists those that may not:
 
     --init_from   defaults, later ones win                         cannot change
     scratch       TrainConfig, the row of MODELS, perhaps ADAMW    -
@@ -1048,10 +1052,12 @@ def read_flags(argv):
     if first.init_from == "resume":
         path = Path(first.out_dir) / "ckpt.pt"
         require(path.is_file(), f"no run to resume in {first.out_dir}: there is no {path}")
+        require(zipfile.is_zipfile(path), f"cannot resume from {path}: it is not a whole checkpoint")
         with explain(f"cannot resume from {path}"):
             # mmap: only the numbers are read here. weights_only: runs no code.
             ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            require("optimizers" in ckpt, f"cannot resume from {path}: another version of this file wrote it")
+            is_ours = "optimizers" in ckpt
+            require(is_ours, f"cannot resume from {path}: another version of this file wrote it")
             numbers = vars(TrainConfig(**ckpt["train_config"]))  # raises if a field is not known
         numbers |= dict(init_from="resume", overwrite=False, out_dir=first.out_dir)  # it may have been moved
         fixed = FIXED
@@ -1065,12 +1071,12 @@ def read_flags(argv):
         require(model in MODELS, f"--model {model} is not one of {names}; for a HuggingFace id or folder add "
                 "--init_from pretrained")
         numbers = MODELS[model] | dict(model=model)
-        # Only if the flag switches: whoever edits TrainConfig's optimizer edits max_lr beside it.
-        is_switched = first.optimizer == "adamw" and TrainConfig.optimizer != "adamw"
-        if is_switched and "max_lr" not in numbers:
-            numbers |= ADAMW
+        # TrainConfig's max_lr goes with its optimizer: edit both together.
+        wants_adamw = "adamw" in (first.optimizer, numbers.get("optimizer"))
+        if wants_adamw and TrainConfig.optimizer != "adamw" and "max_lr" not in numbers:
+            numbers = ADAMW | numbers
     defaults = TrainConfig(**numbers)
-    while defaults.sequence_length > max(1, defaults.block_size):
+    while defaults.sequence_length > max(1, defaults.block_size):  # 1: a wrong block_size ends the loop, too
         defaults.sequence_length //= 2  # halves still divide total_batch_size
 
     cfg = parse(args=argv, default=defaults)
@@ -1084,8 +1090,10 @@ def check_numbers(cfg):
     """Raises UserError for numbers that are impossible, warns of those that are unusual."""
     for name in AT_LEAST_1 + AT_LEAST_0:
         value, minimum = getattr(cfg, name), 1 if name in AT_LEAST_1 else 0
-        is_right = value is None or minimum <= value < 2**63  # nan fails
-        require(is_right, f"--{name} must be a finite number of at least {minimum}, not {value}")
+        is_whole = TrainConfig.__annotations__[name] is int
+        kind, what = (int, "whole") if is_whole else ((int, float), "finite")
+        is_right = value is None or (isinstance(value, kind) and minimum <= value < 2**63)  # no nan
+        require(is_right, f"--{name} must be a {what} number of at least {minimum}, not {value!r}")
     is_multiple = cfg.n_embd % cfg.n_head == 0
     require(is_multiple, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
     needs_text = cfg.num_samples > 0 or cfg.hellaswag
@@ -1192,7 +1200,7 @@ def main(argv=None):  # [3:59:39]
 
 
 # 8 Faster on a CPU: everything works without this section and its call, just more slowly ---
-# "x N" is N times as fast: training nano (FewRows: sampling from gpt2), two cores with AVX512-BF16.
+# "x N": N times as fast when training nano (FewRows: sampling from gpt2) on two cores with AVX512-BF16.
 def plain_attention(q, k, v, is_causal):
     """The formula, in place of flash attention where bfloat16 trains short sequences: x 1.22."""
     T, hs = q.size(2), q.size(3)
@@ -1221,7 +1229,7 @@ class FewRows(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 def faster_on_a_cpu(model):
-    """Swaps the two above into a GPT, and lets glibc keep freed memory: alone x 1.10 (float32: 1.36)."""
+    """Swaps the two above into a GPT, and lets glibc keep freed memory: x 1.10 by itself, float32 x 1.36."""
     M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h's
     with suppress(Exception):  # only glibc has mallopt
         from ctypes import CDLL

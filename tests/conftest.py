@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import train_gpt2
+import train_gpt2  # before torch: it sets GOMP_SPINCOUNT, without which the tests are slow beside other programs
+import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model id that is not in the cache fails at once instead of asking the network

@@ -163,11 +163,11 @@ def test_what_no_flag_takes_is_said_with_exit_code_2(tmp_path, monkeypatch, caps
 BAD_INPUT = [
     (["--min_lr=1", "--max_lr=0.5"], "--min_lr 1.0 is over --max_lr 0.5"),
     (["--n_embd=100", "--n_head=3"], "--n_embd 100 is not a multiple of --n_head 3"),
-    (["--n_layer=0"], "--n_layer must be a finite number of at least 1, not 0"),
+    (["--n_layer=0"], "--n_layer must be a whole number of at least 1, not 0"),
     (["--n_embd=2000000", "--n_head=1"], "error: halve --batch_size, or take a smaller --model: "),
     (["--n_embd=4000000000000000000", "--n_head=1"], "error: halve --batch_size, or take a smaller --model: "),
     (["--temperature=-1"], "--temperature must be a finite number of at least 0, not -1.0"),
-    (["--top_k=-1"], "--top_k must be a finite number of at least 0, not -1"),
+    (["--top_k=-1"], "--top_k must be a whole number of at least 0, not -1"),
     (["--model=gpt3"], "--model gpt3 is not one of nano, "),
     (["--device=cuda:99"], "--device cuda:99 cannot be used"),
     (["--device=abacus"], "--device abacus cannot be used"),

@@ -202,6 +202,9 @@ def test_exported_tokenizers_give_tiktokens_ids(tmp_path, kept):
         if path.name not in [*kept, "config.json"]:
             path.unlink()
     tokenizer, enc = AutoTokenizer.from_pretrained(tmp_path), train_gpt2.get_tokenizer()
+    if "tokenizer.json" in kept:  # read by itself, as transformers.js does
+        from tokenizers import Tokenizer
+        assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a<|endoftext|>").ids == [64, 50256]
     for text in TEXTS:
         ids = enc.encode(text, allowed_special="all")
         assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text

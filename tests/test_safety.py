@@ -205,8 +205,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_going(text, tmp_path,
     monkeypatch.setattr(torch, "save", full_after_step_2)
     assert exit_code(*TINY_RUN, "--data", text, "--save_every=1") == 1
     out, err = capsys.readouterr()
-    assert out.count("could not save") == out.count("warning: step 3: could not save in log: ") == 1 and " 4/4 | val loss" in out
-    assert err.startswith("train_gpt2.py: error: step 4: could not save in log: ") and "No space left" in err
+    assert out.count("could not save") == out.count("warning: step 3: could not save in log (a full disk?): ") == 1 and " 4/4 | val loss" in out
+    assert err.startswith("train_gpt2.py: error: step 4: could not save in log (a full disk?): ") and "No space left" in err
     assert load_checkpoint(Path("log/ckpt.pt"))["step"] == 2
     assert GPT.from_pretrained("log/model").config.n_layer == 2  # what was trained is not lost
     assert not list(Path("log").rglob(".tmp*"))
@@ -258,8 +258,8 @@ def test_a_file_size_limit(text, tmp_path):
     command = f"trap '' XFSZ; ulimit -f 2000; {sys.executable} {ROOT / 'train_gpt2.py'} {flags}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "warning: step 2: could not save in log: " in done.stdout and " 4/4 | val loss" in done.stdout
-    assert "error: step 4: could not save in log: " in done.stderr
+    assert "warning: step 2: could not save in log (a full disk?): " in done.stdout and " 4/4 | val loss" in done.stdout
+    assert "error: step 4: could not save in log (a full disk?): " in done.stderr
     files = [str(p.relative_to(tmp_path / "log")) for p in (tmp_path / "log").rglob("[!.]*")]
     assert sorted(files) == ["log.txt", "loss.png", "model", "model/config.json"]  # none is half-written
 
@@ -439,3 +439,19 @@ def test_two_runs_started_at_once(start, tmp_path):
     assert sum("another run is at work in log" in err or "exists: " in err for _, err in outs) == 1
     seed = 1 if runs[0].returncode == 0 else 2
     assert load_checkpoint(tmp_path / "log" / "ckpt.pt")["train_config"]["seed"] == seed
+
+
+def test_the_best_weights_that_could_not_be_saved_are_not_said_to_be_there(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    losses, save, n = iter([11.0, 9.0, 9.5]), GPT.save_pretrained, []
+
+    def fails_once(model, folder):
+        n.append(1)
+        if len(n) == 1:
+            raise OSError("No space left on device")
+        save(model, folder)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: next(losses))
+    monkeypatch.setattr(GPT, "save_pretrained", fails_once)
+    assert exit_code(*TINY_RUN, "--data", text, "--num_samples=0") == 0
+    assert "model is step 4's, validation loss 9.5000" in capsys.readouterr().out and Path("log/model/model.safetensors").exists()

@@ -134,7 +134,7 @@ def test_the_rate_never_rises_after_the_warm_up(given, more):
     ("grad_clip", -1.0), ("warmup_steps", -1), ("weight_decay", math.nan), ("eval_every", -1), ("eval_batches", -1), ("save_every", -1),
     ("log_every", -1), ("min_lr", -1.0), ("n_layer", 0), ("n_head", 0), ("n_embd", 0), ("block_size", 0), ("vocab_size", 0)])
 def test_impossible_numbers(name, value):
-    with pytest.raises(UserError, match=f"--{name} must be a finite number of at least [01], not {value}"):
+    with pytest.raises(UserError, match=f"--{name} must be a (whole|finite) number of at least [01], not {value}"):
         read_flags([f"--{name}={value}"])
 
 
@@ -154,7 +154,7 @@ def test_the_bare_run_is_what_the_file_says():
 def test_every_number_of_a_row_counts_unless_a_flag_says_otherwise(name):
     row = MODELS[name]
     assert vars(read_flags(["--model", name])) == vars(TrainConfig(model=name)) | row
-    for field in "max_lr", "warmup_steps", "max_steps", "eval_every", "weight_decay", "n_layer":
+    for field in "max_lr", "warmup_steps", "max_steps", "eval_every", "n_layer":
         assert getattr(read_flags(["--model", name, f"--{field}={2 * row[field]}"]), field) == 2 * row[field]
 
 
@@ -172,6 +172,8 @@ def test_adamw_takes_a_rate_of_its_own_by_the_flag_alone(monkeypatch):
     assert numbers_of("--optimizer=adamw") == numbers_of() | ADAMW | dict(optimizer="adamw")
     assert read_flags(["--optimizer=adamw", "--max_lr=0.5"]).max_lr == 0.5
     assert read_flags(["--model=gpt2", "--optimizer=adamw"]).max_lr == 6e-4  # the row has a rate
+    monkeypatch.setitem(MODELS, "mine", dict(optimizer="adamw", warmup_steps=5))
+    assert (read_flags(["--model=mine"]).max_lr, read_flags(["--model=mine"]).warmup_steps) == (2e-3, 5)
     monkeypatch.setattr(TrainConfig.__init__, "__defaults__", TrainConfig.__init__.__defaults__)  # put back after the edits
     edit(monkeypatch, optimizer="adamw", max_lr=0.123)
     assert read_flags([]).max_lr == read_flags(["--optimizer=adamw"]).max_lr == 0.123  # edited together
@@ -194,6 +196,15 @@ def test_an_edit_of_the_defaults_shows_in_the_bare_run_and_a_row_beats_it(monkey
     assert (read_flags(["--model=nano"]).max_lr, read_flags(["--model=nano"]).n_layer) == (0.123, 3)
     monkeypatch.setitem(MODELS["gpt2"], "max_lr", 0.5)
     assert read_flags([]).max_lr == 0.5
+
+
+@pytest.mark.parametrize("row, message", [
+    (dict(max_steps=1e4), "--max_steps must be a whole number of at least 0, not 10000.0"),
+    (dict(max_lr="6e-4"), "--max_lr must be a finite number of at least 0, not '6e-4'"), (dict(n_layer=np.int64(1)), "--n_layer must be a whole")])
+def test_a_number_of_another_type_in_the_file_is_seen_before_training(monkeypatch, row, message):
+    monkeypatch.setitem(MODELS, "mine", row)
+    with pytest.raises(UserError, match=message):
+        read_flags(["--model=mine"])
 
 
 def test_a_row_of_ones_own(monkeypatch):
