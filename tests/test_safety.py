@@ -317,7 +317,7 @@ def test_other_data_under_a_checkpoint_is_refused(text, tmp_path, monkeypatch, c
     assert exit_code("--init_from=resume", "--max_steps=6") == 0
 
 
-@pytest.mark.parametrize("place, name, said", [(train_gpt2, "plot_losses", "could not draw loss.png"), (torch, "save", "could not save in log")])
+@pytest.mark.parametrize("place, name, said", [(train_gpt2, "plot_losses", "could not draw loss.png"), (torch, "save", "could not save in log (a full disk?)")])
 def test_what_could_not_be_saved_is_forgotten_once_it_can(text, tmp_path, monkeypatch, capsys, place, name, said):
     monkeypatch.chdir(tmp_path)
     write, n = getattr(place, name), []
