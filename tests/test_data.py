@@ -117,7 +117,7 @@ def test_a_byte_order_mark_is_dropped(tmp_path):
 def test_a_million_spaces_in_a_row_is_one_sentence(tmp_path, name, space):
     text = "a" + space * 1_100_000 + "b"
     (tmp_path / name).write_text(text if name == "a.txt" else json.dumps(dict(text=text)))
-    with pytest.raises(UserError, match="^cannot tokenize.* a million .* in a row"):
+    with pytest.raises(UserError, match="^cannot tokenize .*a million .* in a row"):
         load_tokens(tmp_path / name)
 
 
