@@ -404,7 +404,7 @@ def test_shards_are_written_once_and_whole(tmp_path, monkeypatch):
 
 def test_shards_have_at_least_one_token(tmp_path, text, capsys):
     assert exit_code("--data", text, "--write_shards", tmp_path / "new", "--shard_size=0") == 1
-    assert "--shard_size must be a finite number of at least 1, not 0" in capsys.readouterr().err
+    assert "--shard_size must be a whole number of at least 1, not 0" in capsys.readouterr().err
 
 
 def test_the_order_of_one_shards_windows_is_held_at_a_time(monkeypatch):
