@@ -352,7 +352,7 @@ class GPT(nn.Module):
 def pretrained_config(name):  # [3:39]
     """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if model or tokenizer is not GPT-2's."""
     import transformers
-    transformers.utils.logging.set_verbosity_error()  # GPT.from_pretrained raises where it only warns
+    transformers.utils.logging.set_verbosity_error()  # it only warns where from_pretrained raises
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         hint = f" (there is one in {folder / 'model'})" if (folder / "model" / "config.json").exists() else ""
@@ -702,7 +702,7 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun sets all four; a part of them is another program's.
+# This process's number and how many there are. torchrun sets all four; fewer come from another program.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
@@ -854,7 +854,7 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
         # model/ first: a run that is killed between the two repeats this step and writes both again.
         if is_best:
             model.save_pretrained(out_dir / "model")
-            is_best = False  # it is kept: what fails below costs it nothing
+            is_best = False  # saved: a failure below does not concern it
         if is_due and cfg.save_every > 0:
             ckpt = dict(  # tensors and plain values: weights_only loads nothing else
                 step=step, position=loader.position, fingerprint=loader.fingerprint, log=log,
@@ -1076,7 +1076,7 @@ def read_flags(argv):
         if wants_adamw and TrainConfig.optimizer != "adamw" and "max_lr" not in numbers:
             numbers = ADAMW | numbers
     defaults = TrainConfig(**numbers)
-    while defaults.sequence_length > max(1, defaults.block_size):  # 1: a wrong block_size ends the loop, too
+    while defaults.sequence_length > max(1, defaults.block_size):  # max: a bad block_size must not loop forever
         defaults.sequence_length //= 2  # halves still divide total_batch_size
 
     cfg = parse(args=argv, default=defaults)
