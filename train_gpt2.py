@@ -1076,7 +1076,7 @@ def read_flags(argv):
         if wants_adamw and TrainConfig.optimizer != "adamw" and "max_lr" not in numbers:
             numbers = ADAMW | numbers
     defaults = TrainConfig(**numbers)
-    while defaults.sequence_length > max(1, defaults.block_size):  # max: a bad block_size must not loop forever
+    while defaults.sequence_length > max(1, defaults.block_size):  # max: a bad block_size must end
         defaults.sequence_length //= 2  # halves still divide total_batch_size
 
     cfg = parse(args=argv, default=defaults)
