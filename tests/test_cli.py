@@ -51,6 +51,7 @@ def test_a_run_from_start_to_samples(cli, text, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "--init_from resume" in err and "--overwrite" in err
     assert exit_code(*TINY_RUN, "--data", text, "--overwrite") == 0 and capsys.readouterr().out.count(" val loss ") == 3
+    assert exit_code("--init_from=resume", "--overwrite") == 1 and "cannot change --overwrite from False to True" in capsys.readouterr().err
 
     assert exit_code(*TINY_RUN, "--data", text, "--eval_every=0", "--log_every=3", "--out_dir=quiet") == 0
     assert [m[1] for line in capsys.readouterr().out.splitlines() if (m := STEP_LINE.fullmatch(line))] == ["1", "3", "4"]

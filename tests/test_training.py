@@ -437,7 +437,7 @@ def test_a_resumed_run_takes_the_state_and_this_runs_numbers(make, tmp_path):
     _, optimizers, loader = saved(tmp_path, make)
     model, other, new_loader = make(4)
     other = model.configure_optimizers("adamw", 0.7, 1e-3)
-    train_gpt2.restore(load_checkpoint(tmp_path / "ckpt.pt"), other, torch.amp.GradScaler("cpu", enabled=False), new_loader)
+    train_gpt2.restore(load_checkpoint(tmp_path / "ckpt.pt"), other, torch.amp.GradScaler("cpu", enabled=False), new_loader, "log")
     assert new_loader.position == loader.position == 12
     assert [group["weight_decay"] for group in other[0].param_groups] == [0.7, 0.0]
     for a, b in zip(optimizers[0].state_dict()["state"].values(), other[0].state_dict()["state"].values()):
