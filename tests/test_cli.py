@@ -322,8 +322,8 @@ def test_help_explains_every_knob(cli):
     out = " ".join(cli("--help").stdout.replace("│", " ").split())
     for flag in ("--model", "--n_embd", "--temperature", "--compile, --no_compile", "--top_k"):
         assert flag in out
-    assert "the most sequences that a process takes at once (default: 16)" in out
-    assert "attention heads in a block" in out
+    assert "sequences that a process takes at once, at most (default: 16)" in out
+    assert "attention heads per block" in out
 
 
 def test_flags_are_the_fields():
@@ -345,7 +345,7 @@ def test_help_shows_the_numbers_of_what_is_trained(capsys):
     for flags, max_steps, max_lr in (["--help"], 600, 0.015), (["--model=gpt2", "--help"], 19073, 0.0006), (["-h", "--max_steps=7"], 600, 0.015):
         assert exit_code(*flags) == 0
         out = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        assert f"optimizer steps in all; 0: none, only sample (default: {max_steps})" in out and f"with Muon (default: {max_lr})" in out
+        assert f"optimizer steps in total; 0: none, only sample (default: {max_steps})" in out and f"with Muon (default: {max_lr})" in out
 
 
 WARNINGS = [

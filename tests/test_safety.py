@@ -460,3 +460,24 @@ def test_the_best_weights_that_could_not_be_saved_are_not_said_to_be_there(text,
     monkeypatch.setattr(GPT, "save_pretrained", fails_once)
     assert exit_code(*TINY_RUN, "--data", text, "--num_samples=0") == 0
     assert "model is step 4's, validation loss 9.5000" in capsys.readouterr().out and Path("log/model/model.safetensors").exists()
+
+
+def test_a_loss_first_measured_after_resuming_has_its_weights_in_model(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    step, losses, n = train_gpt2.optimizer_step, iter([5.0, 6.0]), []
+
+    def dying(*args):
+        n.append(1)
+        if len(n) == 3:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train_gpt2, "optimizer_step", dying)
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: next(losses))
+    flags = ["--num_samples=0", "--save_every=2", "--max_steps=4"]
+    assert exit_code(*TINY_RUN, "--data", text, "--eval_every=0", *flags) == 130 and not Path("log/model").exists()
+    weights = load_checkpoint("log/ckpt.pt")["model"]
+    assert exit_code("--init_from=resume", "--eval_every=2") == 0
+    assert "model is step 2's, validation loss 5.0000" in capsys.readouterr().out
+    saved = GPT.from_pretrained("log/model").state_dict()
+    assert all(torch.equal(saved[name], w[:len(saved[name])]) for name, w in weights.items())
