@@ -1,6 +1,6 @@
 """
 GPT-2 in one file: train it from scratch, finetune OpenAI's weights, or sample from either. Read it
-beside the lecture "Let's reproduce GPT-2 (124M)"; a tag such as [0:00] is a chapter's time in it.
+beside the lecture "Let's reproduce GPT-2 (124M)"; tags such as [0:00] are times of its chapters.
 
     python train_gpt2.py                                                     train a laptop model
     python train_gpt2.py --init_from pretrained --model gpt2 --max_steps 0   sample from GPT-2
@@ -31,8 +31,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-# OpenMP's threads busy-wait. Less of it frees the cores for other programs: beside three busy ones a step
-# is 1.8 times as fast, alone 2% slower (two cores with AMX). It must be set before torch is imported.
+# OpenMP's threads spin while they wait. Spinning less makes a step 1.8 times as fast beside three busy
+# programs, 2% slower alone (two cores with AMX). It must be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -73,7 +73,7 @@ class TrainConfig(GPTConfig):
     write_shards: str = ""  # a folder: tokenize --data into token shards there, then exit
     shard_size: int = 100_000_000  # tokens in such a shard, at most
 
-    # The shape of nano, in place of GPTConfig's.
+    # nano's shape
     n_layer: int = 6  # transformer blocks
     n_head: int = 6  # attention heads per block
     n_embd: int = 96  # channels of the residual stream, a multiple of n_head
@@ -92,7 +92,7 @@ class TrainConfig(GPTConfig):
     grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     eval_every: int = 200  # steps between validation losses, with a short sample; 0: never
-    eval_batches: int = 34  # batches of batch_size in a validation loss, over all processes; 0: all
+    eval_batches: int = 34  # batches of batch_size per validation loss, over all processes; 0: all
     save_every: int = 200  # steps between checkpoints, and one at the end; 0: none
     hellaswag: str = ""  # a HellaSwag .jsonl, scored with each validation loss; empty: none
     log_every: int = 25  # steps between training losses in the console and log.txt; 0: none
@@ -122,7 +122,7 @@ MODELS = {  # rows of --model: add your own. max_lr is GPT-3's (Brown et al. 202
     "gpt2-xl": dict(LECTURE, n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),  # 1558M
 }
 
-ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # AdamW's, instead of Muon's, unless the row has a max_lr
+ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # in place of Muon's, if AdamW trains a row without max_lr
 
 FINETUNE = dict(  # for --init_from pretrained: a rate low enough not to undo the pretraining
     optimizer="adamw", max_lr=5e-5, max_steps=200, batch_size=4, sequence_length=256, total_batch_size=1024,
@@ -146,7 +146,7 @@ class KVCache:
         return self.kv[..., :self.length, :].unbind()
 
 class CausalSelfAttention(nn.Module):
-    """Every position looks at itself and those before. x: (B, T, C) -> (B, T, C)."""
+    """Every position attends to itself and to those before. x: (B, T, C) -> (B, T, C)."""
     attention = staticmethod(F.scaled_dot_product_attention)  # [2:00:18] flash; replaced on a CPU (section 8)
 
     def __init__(self, config):
@@ -164,8 +164,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
-        # A single new token attends to the whole cache, unmasked: SDPA's causal mask shows query i the
-        # keys 0 to i, and this is query 0. Several come only into an empty cache (GPT.forward asserts it).
+        # A single new token sees the whole cache. is_causal would show it key 0 only, as SDPA counts the
+        # queries from 0. Several tokens come only with an empty cache (GPT.forward asserts it).
         y = self.attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side
         return self.c_proj(y)
@@ -238,8 +238,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # No logits: as outputs of a compiled step they would be kept until backward, which would also make
-        # a gradient of their size, all zeros.
+        # None, not the logits: whatever a compiled model returns is kept until backward and is given a
+        # gradient there, here (B, T, V) zeros.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -251,7 +251,7 @@ class GPT(nn.Module):
         with explain(f"cannot load the weights of {name}"):
             model_hf, info = transformers.GPT2LMHeadModel.from_pretrained(
                 name, dtype="auto", output_loading_info=True)
-        # transformers only warns of missing or unexpected weights. The two below are old causal masks.
+        # transformers only warns about missing or unexpected weights. The two below are old causal masks.
         for what in "missing_keys", "unexpected_keys":
             wrong = [k for k in info[what] if not k.endswith((".attn.bias", ".attn.masked_bias"))]
             require(not wrong, f"cannot load the weights of {name}: {what} {wrong}")
@@ -289,9 +289,6 @@ class GPT(nn.Module):
         with explain(f"cannot write the model to {folder}"):
             with atomic_write(folder / "config.json") as tmp:
                 tmp.write_text(json.dumps(config, indent=2))
-            with atomic_write(folder / "model.safetensors") as tmp:
-                save_file(sd, tmp, {"format": "pt"})
-                shutil.copymode(folder / "config.json", tmp)  # save_file lets only its owner read it
             if self.n_tokens >= N_TOKENS and VOCABULARY:  # the two files of section 3, if installed
                 from tokenizers import ByteLevelBPETokenizer
                 merges, vocab = map(str, VOCABULARY)
@@ -300,13 +297,16 @@ class GPT(nn.Module):
                 tokenizer.save_model(str(folder))  # vocab.json, merges.txt
                 tokenizer.save(str(folder / "tokenizer.json"))
                 (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+            with atomic_write(folder / "model.safetensors") as tmp:
+                save_file(sd, tmp, {"format": "pt"})
+                shutil.copymode(folder / "config.json", tmp)  # save_file lets only its owner read it
 
     # All backends but cuDNN's, which makes a new plan for each length.
     @torch.no_grad()
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """[37:02] idx: (B, T) token ids -> (B, T + max_new_tokens), greedily at temperature 0. A full cache
-        is rebuilt from the newest half of its tokens: keys depend on their positions, so none can move."""
+        is rebuilt from the newest half of its tokens: keys carry their positions, so it cannot slide."""
         block_size = self.config.block_size
         cache = [KVCache(block_size) for _ in self.transformer.h]
         new = idx[:, -block_size:]  # (B, T), what is not in the cache yet
@@ -369,7 +369,7 @@ def pretrained_config(name):  # [3:39]
     text = "Hello, I'm a  language model,\n\n naïve 你好 🙂 12345"  # other tokenizers give other ids
     with explain(f"cannot load the tokenizer of {name}"):
         ids = transformers.AutoTokenizer.from_pretrained(name)(text)["input_ids"]
-    # Without tokenizer files ids is empty: the model is taken to use GPT-2's.
+    # Without tokenizer files transformers makes an empty tokenizer: GPT-2's is assumed.
     require(ids in ([], get_tokenizer().encode(text)), f"{name} has another tokenizer than GPT-2's")
     return GPTConfig(block_size=hf.n_positions, vocab_size=hf.vocab_size,
                      n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
@@ -394,17 +394,17 @@ class Muon(torch.optim.Optimizer):
                 direction = p.grad.lerp_(state["momentum"], 0.95)  # Nesterov: 0.05 grad + 0.95 momentum
                 directions.append(direction)
             updates = orthogonal(torch.stack(directions), group["dtype"])  # (params, rows, columns)
-            # Rows (columns, if longer) are unit vectors, with entries of about 1 / sqrt(longer side).
-            # Scaled to about 0.2, like AdamW's updates, they suit its learning rate (Liu et al. 2025).
+            # A wide update has unit rows, a tall one unit columns: entries of about 1 / sqrt(longer side).
+            # Scaled to 0.2, they are as large as AdamW's at the same learning rate (Liu et al. 2025).
             scale = 0.2 * math.sqrt(max(params[0].shape))
             for p, update in zip(params, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-scale * group["lr"])
 
 def orthogonal(x, dtype=torch.float32):
-    """x: (n, rows, columns) -> nearly U VT for each x = U S VT, computed in dtype. In a Newton-Schulz round,
-    with gram = x xT, x becomes a x + b gram x + c gram^2 x = U (a S + b S^3 + c S^5) VT: only the singular
-    values change. Five rounds with Jordan's a, b, c bring them from (0, 1] near 1."""
+    """x: (n, rows, columns) -> nearly U VT for each x = U S VT, computed in dtype. Newton-Schulz: with
+    gram = x xT, gram x is U S^3 VT, so a round, a x + b gram x + c gram^2 x, changes only the singular values,
+    s to a s + b s^3 + c s^5. Five rounds with Jordan's a, b, c bring all but the smallest near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
     is_tall = x.size(1) > x.size(2)
@@ -447,7 +447,7 @@ def data_files(path):
     require(path.exists(), f"--data {path} does not exist")
     if not path.is_dir():
         return [path]
-    for endings in TOKENS, (".jsonl", ".ndjson"), (".txt",):  # a .json there is mostly settings
+    for endings in TOKENS, (".jsonl", ".ndjson"), (".txt",):  # a .json is usually settings
         files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in endings)
         if files:
             return files
@@ -456,8 +456,8 @@ def data_files(path):
 PIECE = 2**18  # characters of a text or of documents that are tokenized at once
 
 def read_text(path):
-    """Yields an <|endoftext|> and then the text, in pieces. A piece ends before its trailing white space,
-    which begins the next one. No token changes: white space is at the front of GPT-2's tokens."""
+    """Yields an <|endoftext|> and then the text, in pieces, cut only before a run of white space: no token
+    of GPT-2's has white space after another character, so none is cut in two."""
     rest = EOT_TEXT  # what the next piece begins with
     with explain(f"cannot read {path} as UTF-8"), open(path, encoding="utf-8-sig") as file:
         while lines := file.readlines(PIECE):
@@ -541,7 +541,7 @@ def open_shard(path):
             is_right = tokens.dtype == np.uint16 and tokens.ndim == 1
             require(is_right, f"{path} holds {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
             return tokens
-        *magic, n = np.fromfile(path, dtype="<i4", count=3).tolist()  # llm.c's: magic, version, n
+        *magic, n = np.fromfile(path, dtype="<i4", count=3).tolist()  # llm.c's header, if any
         if magic == [20240520, 1]:  # llm.c [3:56:21], modded-nanogpt
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
             require(len(tokens) == n, f"{path}: its header says {n} tokens, it holds {len(tokens)}")
@@ -562,7 +562,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
     folder.mkdir(parents=True, exist_ok=True)
     n_bytes = sum(file.stat().st_size for file in files)  # 0 for a pipe
     if n_bytes > 0:
-        shard_size = min(shard_size, 1 + n_bytes // 4 // 10)  # a token is about 4 bytes
+        shard_size = min(shard_size, 1 + n_bytes // 4 // 10)  # a tenth; a token is about 4 bytes
     tokens = itertools.chain.from_iterable(tokenize(files))
     for n_shards in itertools.count():
         shard = np.fromiter(itertools.islice(tokens, shard_size), dtype=np.uint16)
@@ -572,7 +572,7 @@ def write_shards(data, folder, shard_size):  # [3:10:21]
         with explain(f"cannot write {path} (is the disk full?)"), atomic_write(path) as tmp:
             np.save(tmp, shard)
     if n_shards == 1:
-        path.unlink()  # the only one
+        path.unlink()  # leaves the folder empty for another try
     require(n_shards > 1, f"--data {data} fills no second shard, to train on: lower --shard_size")
     print0(f"{folder}/ holds {n_shards} shards: train on them with --data {folder}")
 
@@ -586,22 +586,22 @@ class DataLoaderLite:  # [1:02:00]
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         n_windows = [max(0, len(tokens) - 1) // T for tokens in shards]  # -1: the last token is only a target
-        self.starts = np.cumsum([0, *n_windows])  # each shard's first window; at the end n_windows
+        self.starts = np.cumsum([0, *n_windows])  # the number of each shard's first window, then of all
         self.n_windows = int(self.starts[-1])
         n = sum(map(len, shards))
         require(self.n_windows > 0, f"--data is too short: its {split} split has {n} tokens, and a window of "
                 f"--sequence_length {T} takes {T + 1}")
-        # Reading up to 32 windows, spread out, finds tokens of another vocabulary now, not in mid-run. By
-        # their checksum a resumed run notices other data.
+        # Reading up to 32 windows, spread out, finds tokens of another vocabulary now, not in mid-run.
+        # Their checksum tells a resumed run if the data has changed.
         x, _ = self.get(range(0, self.n_windows, 1 + self.n_windows // 32))
         self.fingerprint = self.n_windows, zlib.crc32(x.numpy())
 
     def get(self, positions):
-        """positions: B window numbers, which go on in the next epoch -> x, y: (B, T) ids, y's follow x's."""
+        """positions: B window numbers, counted on through the epochs -> x, y: (B, T) ids, y's follow x's."""
         rows = []
         for position in positions:
             epoch, in_epoch = divmod(position, self.n_windows)
-            shard = int(np.searchsorted(self.starts, in_epoch, side="right")) - 1  # last start <= in_epoch
+            shard = int(np.searchsorted(self.starts, in_epoch, side="right")) - 1  # the one that holds it
             window = in_epoch - int(self.starts[shard])  # its number in the shard
             if self.seed is not None:
                 n = int(self.starts[shard + 1] - self.starts[shard])
@@ -670,7 +670,7 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
         losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (endings, T - 1)
         sums, means = [], []
         for row, ending, row_losses in zip(rows, endings, losses):
-            # row_losses[i] is the loss of row[i + 1]; the ending's come last, before the padding's.
+            # row_losses[i] is the loss of row[i + 1]: the ending's are the last before the padding's.
             last = len(row) - 1
             first = max(0, last - len(ending))
             sums.append(row_losses[first:last].sum())
@@ -707,7 +707,7 @@ def plot_losses(path, log):  # [3:43:05]
 
 
 # 5 Process and device [1:22:18] ---
-# This process's number and how many there are. torchrun alone sets all four.
+# This process's number and how many there are. Only torchrun sets all four.
 IN_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 RANK = int(os.environ["RANK"]) if IN_TORCHRUN else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IN_TORCHRUN else 1
@@ -794,7 +794,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
         if is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
         x, y = x.to(device, non_blocking=is_cuda), y.to(device, non_blocking=is_cuda)
-        # DDP's backward averages over the processes: only a step's last one needs to. Its forward reads this.
+        # DDP averages gradients in backward; only a step's last one needs to. Set before forward reads it.
         if isinstance(model, DDP):
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
@@ -805,7 +805,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)  # [2:14:55]
-    # After a float16 overflow no optimizer may step; scaler.step would decide for each separately.
+    # After a float16 overflow no optimizer may step; scaler.step would skip each one on its own.
     overflowed = scaler.is_enabled() and not norm.isfinite()
     if not overflowed:
         for optimizer in optimizers:
@@ -816,9 +816,9 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
     return loss_accum, norm
 
 def compile_model(model, loader, autocast, device):  # [1:48:15]
-    """-> model compiled for the loader's batches or, where that fails, itself."""
+    """-> model compiled for the loader's batches or, where that fails, the model itself."""
     print0("compiling (--no-compile skips this)")
-    x, y = loader.get(range(loader.B))  # not next_batch, which would consume it
+    x, y = loader.get(range(loader.B))  # not next_batch, which would use it up
     compiled = torch.compile(model)
     try:
         with autocast:
@@ -832,7 +832,7 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
         return model
 
 def restore(ckpt, optimizers, scaler, loader, out_dir):
-    """Gives optimizers, scaler and loader their state in ckpt. Raises UserError if the data has changed."""
+    """Restores optimizers, scaler and loader from ckpt. Raises UserError if the data seems to have changed."""
     is_same = ckpt["fingerprint"] == loader.fingerprint
     require(is_same, "--data is not what the run began with; to train on other data start from its weights: "
             f"--init_from pretrained --model {Path(out_dir) / 'model'} --out_dir new")
@@ -845,7 +845,7 @@ def restore(ckpt, optimizers, scaler, loader, out_dir):
 def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
     """Called when `step` updates are done: writes model/ at a new best validation loss, the checkpoint every
     save_every steps, log.txt and loss.png when there is something new. A failed write (a full disk) is a
-    warning, at the end of the run a UserError. Weights that are not finite are always one, and not saved."""
+    warning, at the end of the run a UserError. Weights that are not finite raise it, and are never saved."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
     # model/ gets the weights of the lowest validation loss (not step 0's) or, without any, the last.
@@ -859,10 +859,10 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
         return
     model_is_saved = False
     try:
-        if step == 1 and cfg.init_from != "resume":  # --overwrite's, now that an update is made
+        if step == 1 and cfg.init_from != "resume":  # the old run's: --overwrite spared it until now
             (out_dir / "ckpt.pt").unlink(missing_ok=True)
-        # model/ before ckpt.pt: killed in between, a run resumes from the older ckpt.pt and comes here
-        # again. The other way round its log could name a best loss whose weights were never saved.
+        # model/ before ckpt.pt: after a kill in between, the older ckpt.pt brings the run here again. In
+        # the other order ckpt.pt could name a best loss whose weights are in no file.
         if is_best:
             model.save_pretrained(out_dir / "model")
             model_is_saved = True
@@ -873,16 +873,16 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
                 optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
             with atomic_write(out_dir / "ckpt.pt") as tmp:
                 torch.save(ckpt, tmp)
-        if step == 1 or is_end or any(k == step for k, _ in log):  # step 1 writes step 0's
+        if step == 1 or is_end or any(k == step for k, _ in log):  # at step 1: step 0's
             lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
-            with atomic_write(out_dir / "log.txt") as tmp:  # in full: the old file may be ahead of ckpt.pt
+            with atomic_write(out_dir / "log.txt") as tmp:  # in full: the old one may be ahead of ckpt.pt
                 tmp.write_text("".join(lines))
     except (OSError, RuntimeError, UserError) as e:  # RuntimeError is torch.save's
         problem = f"step {step}: could not save in {out_dir} (a full disk?): {first_line(e)}"
         require(not is_end, problem)
         print0(f"warning: {problem}")
         if is_best and not model_is_saved:
-            del log[step, "val"]  # not in model/: forgotten, so that a later loss becomes the best
+            del log[step, "val"]  # else best_step would name weights that are not in model/
     if is_due or step in val_losses:
         try:
             plot_losses(out_dir / "loss.png", log)
@@ -897,8 +897,8 @@ STOP = []  # the signals that asked this process to stop
 
 @contextmanager
 def stop_on_signals():
-    """Within the block the signals of Ctrl-C, kill, a closed SSH session and SLURM are only noted in
-    STOP, and training ends after its step. A second one of the same kind ends it at once."""
+    """Within the block signals from Ctrl-C, kill, a closed SSH session and SLURM are only noted in STOP,
+    and training ends after its step. A second one of the same kind ends it at once."""
     def stop_later(number, frame):
         STOP.append(number)
         signal.signal(number, signal.default_int_handler)
@@ -921,8 +921,8 @@ def stop_on_signals():
 
 def split_batch(cfg):
     """-> (B, grad_accum_steps). Each process takes n sequences per step, in grad_accum_steps micro-batches of
-    B, the largest divisor of n up to batch_size. As all are equally large, averaging over micro-steps and
-    processes gives the step's gradient. Raises UserError if the processes cannot share a step."""
+    B, the largest divisor of n up to batch_size. As all are equally large, the average over micro-steps
+    and processes is the step's gradient. Raises UserError if the processes cannot share a step."""
     n, rest = divmod(cfg.total_batch_size, cfg.sequence_length * WORLD_SIZE)
     require(n > 0 and rest == 0, f"--total_batch_size {cfg.total_batch_size} is not a multiple of "
             f"--sequence_length {cfg.sequence_length} x {WORLD_SIZE} processes")
@@ -973,7 +973,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
             log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
 
-        # ---- save; after resuming again, as the first evaluation may be new ----
+        # ---- save; also right after resuming, as this step may be evaluated only now ----
         if step > 0:
             save_run(step, is_last or should_stop, raw_model, optimizers, scaler, loader, cfg, log)
         if is_last or should_stop:
@@ -986,7 +986,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, should_stop = sum_over_ranks(loss / WORLD_SIZE, len(STOP))
         dt = time.perf_counter() - t0  # seconds
-        # A float16 overflow is normal: it halved the scale, at first 65536. Below 1 it is a divergence.
+        # In float16 an infinite norm is normal: the scale, at first 65536, was halved. Not if it is below 1.
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or may_overflow)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
@@ -1050,8 +1050,8 @@ AT_LEAST_0 = ["max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "
 
 def read_flags(argv):
     """argv: list of flags -> TrainConfig. Raises UserError if they contradict each other. They are read
-    twice: first for --init_from, --model and --out_dir, which decide the defaults, then over those defaults.
-    What flags cannot change is in the last column:
+    first for --init_from, --model and --optimizer, which decide the defaults, then over those. The last
+    column has what flags cannot change:
 
     --init_from   defaults, later ones win                         cannot change
     scratch       TrainConfig, perhaps ADAMW, the row of MODELS    -
@@ -1059,7 +1059,8 @@ def read_flags(argv):
     resume        TrainConfig, the checkpoint's numbers            FIXED
     """
     parse = functools.partial(tyro.cli, TrainConfig, prog="train_gpt2.py", use_underscores=True)
-    first = parse(args=[flag for flag in argv if flag not in ("-h", "--help")])
+    no_help = [flag for flag in argv if flag not in ("-h", "--help")]
+    first = parse(args=no_help)
     fixed = []
     if first.init_from == "resume":
         path = Path(first.out_dir) / "ckpt.pt"
@@ -1083,13 +1084,13 @@ def read_flags(argv):
         require(model in MODELS, f"--model {model} is not one of {names}; for a HuggingFace id or folder add "
                 "--init_from pretrained")
         numbers = MODELS[model] | dict(model=model)
-        # TrainConfig's max_lr is Muon's: AdamW takes ADAMW's, unless TrainConfig is edited to AdamW.
-        wants_adamw = "adamw" in (first.optimizer, numbers.get("optimizer"))
-        if wants_adamw and TrainConfig.optimizer == "muon" and "max_lr" not in numbers:
+        # TrainConfig's max_lr suits its optimizer. If that is Muon, AdamW takes ADAMW's.
+        optimizer = parse(args=no_help, default=TrainConfig(**numbers)).optimizer
+        if optimizer == "adamw" and TrainConfig.optimizer == "muon" and "max_lr" not in numbers:
             numbers = ADAMW | numbers
     defaults = TrainConfig(**numbers)
-    # FINETUNE's T may exceed a model's context; halved, it still divides total_batch_size.
-    while defaults.sequence_length > max(1, defaults.block_size):  # max: 0 is an error below
+    # FINETUNE's T, or nano's, may exceed the context; halved, it still divides total_batch_size.
+    while defaults.sequence_length > max(1, defaults.block_size):  # max: for 0, an error below
         defaults.sequence_length //= 2
 
     cfg = parse(args=argv, default=defaults)
@@ -1212,10 +1213,10 @@ def main(argv=None):  # [3:59:39]
             dist.destroy_process_group()
 
 
-# 8 Faster on a CPU: everything works without this section and its call, just more slowly ---
-# "x N": N times as fast when training nano (FewRows: sampling from gpt2) on two cores with AVX512-BF16.
+# 8 Faster on a CPU: everything works without this section and its call, only slower ---
+# "x N": N times as fast in training nano (FewRows: sampling from gpt2), on two Intel cores with AVX512-BF16.
 def plain_attention(q, k, v, is_causal):
-    """The formula, in place of flash attention for training on short sequences in bfloat16: x 1.22."""
+    """The formula, in place of flash attention for training on short sequences in bfloat16: x 1.14."""
     T, hs = q.size(2), q.size(3)
     if T > 256 or not q.requires_grad or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -1224,8 +1225,8 @@ def plain_attention(q, k, v, is_causal):
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
-    """nn.Linear for up to 15 rows of float32, as in sampling: W in blocks of 64 outputs, in one bmm, because
-    a single large product is slow on AMD: x 1.58 (on Intel with AMX one row x 0.94, five x 1.27)."""
+    """nn.Linear that takes up to 15 rows of float32, as in sampling, through one bmm over blocks of 64 outputs:
+    one large product is slow on AMD (x 1.58). On Intel one row takes longer (x 0.93), five less (x 1.30)."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)
@@ -1241,7 +1242,7 @@ class FewRows(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 def faster_on_a_cpu(model):
-    """Swaps the two above into a GPT, and lets glibc keep freed memory: by itself x 1.10, float32 x 1.36."""
+    """Swaps the two above into a GPT, and lets glibc keep freed memory: alone x 1.08, in float32 x 1.20."""
     M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from glibc's malloc.h
     with suppress(Exception):  # only glibc has mallopt
         from ctypes import CDLL

@@ -341,6 +341,14 @@ def test_a_flag_wins_also_where_its_value_is_a_default(model):
         assert vars(cfg) == vars(TrainConfig()) | MODELS[model] | given | dict(model=model)
 
 
+@pytest.mark.parametrize("flags, numbers", [
+    ([], (2e-3, 60)), (["--optimizer=muon"], (1.5e-2, 20)), (["--optimizer=muon", "--warmup_steps=7"], (1.5e-2, 7)), (["--max_lr=1"], (1, 60))])
+def test_the_optimizer_that_wins_decides_the_rate(monkeypatch, flags, numbers):
+    monkeypatch.setitem(MODELS, "mine", dict(optimizer="adamw"))
+    cfg = read_flags(["--model=mine", *flags])
+    assert (cfg.max_lr, cfg.warmup_steps) == numbers
+
+
 def test_help_shows_the_numbers_of_what_is_trained(capsys):
     for flags, max_steps, max_lr in (["--help"], 600, 0.015), (["--model=gpt2", "--help"], 19073, 0.0006), (["-h", "--max_steps=7"], 600, 0.015):
         assert exit_code(*flags) == 0
