@@ -403,8 +403,8 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x, dtype=torch.float32):
     """x: (n, rows, columns) -> nearly U VT for each x = U S VT, computed in dtype. Newton-Schulz: with
-    gram = x xT, gram x is U S^3 VT, so a round, a x + b gram x + c gram^2 x, changes only the singular values,
-    s to a s + b s^3 + c s^5. Five rounds with Jordan's a, b, c bring all but the smallest near 1."""
+    gram = x xT, gram x is U S^3 VT, so a round, a x + b gram x + c gram^2 x, changes only the singular
+    values, s to a s + b s^3 + c s^5. Five rounds with Jordan's a, b, c bring all but the smallest near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to 1
     is_tall = x.size(1) > x.size(2)
@@ -832,7 +832,7 @@ def compile_model(model, loader, autocast, device):  # [1:48:15]
         return model
 
 def restore(ckpt, optimizers, scaler, loader, out_dir):
-    """Restores optimizers, scaler and loader from ckpt. Raises UserError if the data seems to have changed."""
+    """Restores optimizers, scaler and loader. Raises UserError if the data seems to have changed."""
     is_same = ckpt["fingerprint"] == loader.fingerprint
     require(is_same, "--data is not what the run began with; to train on other data start from its weights: "
             f"--init_from pretrained --model {Path(out_dir) / 'model'} --out_dir new")
@@ -1225,8 +1225,9 @@ def plain_attention(q, k, v, is_causal):
     return F.softmax(att, dim=-1).to(v.dtype) @ v  # (B, nh, T, hs)
 
 class FewRows(nn.Linear):
-    """nn.Linear that takes up to 15 rows of float32, as in sampling, through one bmm over blocks of 64 outputs:
-    one large product is slow on AMD (x 1.58). On Intel one row takes longer (x 0.93), five less (x 1.30)."""
+    """nn.Linear that takes up to 15 rows of float32, as in sampling, through one bmm over blocks of 64
+    outputs: one large product is slow on AMD (x 1.58). On Intel one row takes longer (x 0.93), five less
+    (x 1.30)."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)
