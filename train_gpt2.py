@@ -122,7 +122,7 @@ MODELS = {  # rows of --model: add your own. max_lr is GPT-3's (Brown et al. 202
     "gpt2-xl": dict(LECTURE, n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),  # 1558M
 }
 
-ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # in place of Muon's, if AdamW trains a row without max_lr
+ADAMW = dict(max_lr=2e-3, warmup_steps=60)  # AdamW's, where TrainConfig's are Muon's
 
 FINETUNE = dict(  # for --init_from pretrained: a rate low enough not to undo the pretraining
     optimizer="adamw", max_lr=5e-5, max_steps=200, batch_size=4, sequence_length=256, total_batch_size=1024,
@@ -164,8 +164,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
-        # A single new token sees the whole cache. is_causal would show it key 0 only, as SDPA counts the
-        # queries from 0. Several tokens come only with an empty cache (GPT.forward asserts it).
+        # is_causal takes the first query for position 0: a single new token would see key 0 only, but may
+        # see the whole cache. Several tokens come only with an empty cache (GPT.forward asserts it).
         y = self.attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side
         return self.c_proj(y)
@@ -238,8 +238,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T or 1, V)
         if targets is None:
             return logits, None
-        # None, not the logits: whatever a compiled model returns is kept until backward and is given a
-        # gradient there, here (B, T, V) zeros.
+        # None, not the logits: a compiled model keeps all that it returns until backward, and makes a
+        # gradient for it, here (B, T, V) zeros.
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))  # [52:53]
 
     @classmethod
@@ -284,7 +284,8 @@ class GPT(nn.Module):
             n_positions=c.block_size, n_ctx=c.block_size,  # llama.cpp's converter reads n_ctx
             n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             dtype=str(self.lm_head.weight.dtype).removeprefix("torch."))
-        sd = {k: w.t().contiguous() if k.endswith(self.CONV1D) else w for k, w in self.state_dict().items()}
+        sd = {k: w.cpu() for k, w in self.state_dict().items()}  # a GPU may be full
+        sd = {k: w.t().contiguous() if k.endswith(self.CONV1D) else w for k, w in sd.items()}
         sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]  # without padding
         with explain(f"cannot write the model to {folder}"):
             with atomic_write(folder / "config.json") as tmp:
@@ -456,8 +457,8 @@ def data_files(path):
 PIECE = 2**18  # characters of a text or of documents that are tokenized at once
 
 def read_text(path):
-    """Yields an <|endoftext|> and then the text, in pieces, cut only before a run of white space: no token
-    of GPT-2's has white space after another character, so none is cut in two."""
+    """Yields an <|endoftext|> and then the text, in pieces, cut only before a run of white space. That cuts
+    no token in two: white space begins one of GPT-2's or makes up all of it."""
     rest = EOT_TEXT  # what the next piece begins with
     with explain(f"cannot read {path} as UTF-8"), open(path, encoding="utf-8-sig") as file:
         while lines := file.readlines(PIECE):
@@ -541,7 +542,7 @@ def open_shard(path):
             is_right = tokens.dtype == np.uint16 and tokens.ndim == 1
             require(is_right, f"{path} holds {tokens.shape} of {tokens.dtype}, not (N,) of uint16")
             return tokens
-        *magic, n = np.fromfile(path, dtype="<i4", count=3).tolist()  # llm.c's header, if any
+        *magic, n = np.fromfile(path, dtype="<i4", count=3).tolist()  # llm.c's: magic, version, n
         if magic == [20240520, 1]:  # llm.c [3:56:21], modded-nanogpt
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
             require(len(tokens) == n, f"{path}: its header says {n} tokens, it holds {len(tokens)}")
@@ -586,7 +587,7 @@ class DataLoaderLite:  # [1:02:00]
         self.shards, self.B, self.T, self.seed = shards, B, T, seed
         self.rank, self.world_size, self.n_tokens, self.position = rank, world_size, n_tokens, 0
         n_windows = [max(0, len(tokens) - 1) // T for tokens in shards]  # -1: the last token is only a target
-        self.starts = np.cumsum([0, *n_windows])  # the number of each shard's first window, then of all
+        self.starts = np.cumsum([0, *n_windows])  # starts[i]: windows before shard i; last, all
         self.n_windows = int(self.starts[-1])
         n = sum(map(len, shards))
         require(self.n_windows > 0, f"--data is too short: its {split} split has {n} tokens, and a window of "
@@ -670,11 +671,11 @@ def evaluate_hellaswag(model, path):  # [3:28:23]
         losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")  # (endings, T - 1)
         sums, means = [], []
         for row, ending, row_losses in zip(rows, endings, losses):
-            # row_losses[i] is the loss of row[i + 1]: the ending's are the last before the padding's.
-            last = len(row) - 1
-            first = max(0, last - len(ending))
-            sums.append(row_losses[first:last].sum())
-            means.append(row_losses[first:last].mean())
+            # row_losses[i] is the loss of row[i + 1]: the context's, then the ending's, then the padding's.
+            end = len(row) - 1
+            start = max(0, end - len(ending))
+            sums.append(row_losses[start:end].sum())
+            means.append(row_losses[start:end].mean())
         n_right += (torch.stack(sums).argmin() == label).item()
         n_right_norm += (torch.stack(means).argmin() == label).item()
     acc, acc_norm = (n / len(examples) for n in sum_over_ranks(n_right, n_right_norm))
@@ -805,7 +806,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)  # [2:14:55]
-    # After a float16 overflow no optimizer may step; scaler.step would skip each one on its own.
+    # After a float16 overflow no optimizer may step; scaler.step would skip only those that saw it.
     overflowed = scaler.is_enabled() and not norm.isfinite()
     if not overflowed:
         for optimizer in optimizers:
@@ -848,10 +849,12 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
     warning, at the end of the run a UserError. Weights that are not finite raise it, and are never saved."""
     out_dir = Path(cfg.out_dir)
     is_due = is_end or (cfg.save_every > 0 and step % cfg.save_every == 0)
-    # model/ gets the weights of the lowest validation loss (not step 0's) or, without any, the last.
+    # model/ gets the weights of the lowest validation loss after step 0 or, without any, the last.
     val_losses = {k: value for (k, stream), (value, _) in log.items() if stream == "val" and k > 0}
-    best_step = min(val_losses, key=val_losses.get, default=step)
-    is_best = (best_step == step) if val_losses else is_end
+    best_step, is_best = step, is_end
+    if val_losses:
+        best_step = min(val_losses, key=val_losses.get)
+        is_best = best_step == step
     if is_due or is_best:
         is_finite = all(p.isfinite().all() for p in model.parameters())
         require(is_finite, f"step {step}: the weights are {NOT_FINITE}")
@@ -861,8 +864,7 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
     try:
         if step == 1 and cfg.init_from != "resume":  # the old run's: --overwrite spared it until now
             (out_dir / "ckpt.pt").unlink(missing_ok=True)
-        # model/ before ckpt.pt: after a kill in between, the older ckpt.pt brings the run here again. In
-        # the other order ckpt.pt could name a best loss whose weights are in no file.
+        # model/ before ckpt.pt: after a kill in between, the older ckpt.pt brings the run here again.
         if is_best:
             model.save_pretrained(out_dir / "model")
             model_is_saved = True
@@ -873,7 +875,7 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
                 optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
             with atomic_write(out_dir / "ckpt.pt") as tmp:
                 torch.save(ckpt, tmp)
-        if step == 1 or is_end or any(k == step for k, _ in log):  # at step 1: step 0's
+        if step == 1 or is_end or any(k == step for k, _ in log):  # 1: step 0's
             lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
             with atomic_write(out_dir / "log.txt") as tmp:  # in full: the old one may be ahead of ckpt.pt
                 tmp.write_text("".join(lines))
@@ -882,7 +884,7 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
         require(not is_end, problem)
         print0(f"warning: {problem}")
         if is_best and not model_is_saved:
-            del log[step, "val"]  # else best_step would name weights that are not in model/
+            del log[step, "val"]  # else later losses are compared with weights that are not saved
     if is_due or step in val_losses:
         try:
             plot_losses(out_dir / "loss.png", log)
@@ -973,7 +975,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         if cfg.hellaswag and (should_evaluate or is_last) and (step, "hella") not in log:
             log[step, "hella"] = evaluate_hellaswag(raw_model, cfg.hellaswag)[1], tokens
 
-        # ---- save; also right after resuming, as this step may be evaluated only now ----
+        # ---- save; also right after resuming: with other flags this step may be evaluated only now ----
         if step > 0:
             save_run(step, is_last or should_stop, raw_model, optimizers, scaler, loader, cfg, log)
         if is_last or should_stop:
@@ -986,7 +988,7 @@ def train(cfg, raw_model, ckpt, device, dtype):  # [56:42]
         loss, norm = torch.stack((loss, norm)).tolist()  # the CPU waits for the GPU, once a step
         loss, should_stop = sum_over_ranks(loss / WORLD_SIZE, len(STOP))
         dt = time.perf_counter() - t0  # seconds
-        # In float16 an infinite norm is normal: the scale, at first 65536, was halved. Not if it is below 1.
+        # In float16 an infinite norm is normal while the scale, at first 65536, is halved down to 1.
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or may_overflow)
         require(is_finite, f"step {step + 1}: the loss or the gradient's norm is {NOT_FINITE}")
@@ -1050,8 +1052,8 @@ AT_LEAST_0 = ["max_steps", "max_lr", "min_lr", "warmup_steps", "weight_decay", "
 
 def read_flags(argv):
     """argv: list of flags -> TrainConfig. Raises UserError if they contradict each other. They are read
-    first for --init_from, --model and --optimizer, which decide the defaults, then over those. The last
-    column has what flags cannot change:
+    first for --init_from and --model, which decide the defaults, then over those. The last column has what
+    flags cannot change:
 
     --init_from   defaults, later ones win                         cannot change
     scratch       TrainConfig, perhaps ADAMW, the row of MODELS    -
@@ -1059,6 +1061,7 @@ def read_flags(argv):
     resume        TrainConfig, the checkpoint's numbers            FIXED
     """
     parse = functools.partial(tyro.cli, TrainConfig, prog="train_gpt2.py", use_underscores=True)
+    # --help waits for the last reading, which knows the defaults.
     no_help = [flag for flag in argv if flag not in ("-h", "--help")]
     first = parse(args=no_help)
     fixed = []
@@ -1084,13 +1087,13 @@ def read_flags(argv):
         require(model in MODELS, f"--model {model} is not one of {names}; for a HuggingFace id or folder add "
                 "--init_from pretrained")
         numbers = MODELS[model] | dict(model=model)
-        # TrainConfig's max_lr suits its optimizer. If that is Muon, AdamW takes ADAMW's.
+        # Unless you edit TrainConfig, its max_lr is Muon's: for AdamW a row without one takes ADAMW's.
         optimizer = parse(args=no_help, default=TrainConfig(**numbers)).optimizer
         if optimizer == "adamw" and TrainConfig.optimizer == "muon" and "max_lr" not in numbers:
             numbers = ADAMW | numbers
     defaults = TrainConfig(**numbers)
-    # FINETUNE's T, or nano's, may exceed the context; halved, it still divides total_batch_size.
-    while defaults.sequence_length > max(1, defaults.block_size):  # max: for 0, an error below
+    # T may exceed the model's context: halved, it still divides total_batch_size.
+    while defaults.sequence_length > max(1, defaults.block_size):  # max: 0 would never end
         defaults.sequence_length //= 2
 
     cfg = parse(args=argv, default=defaults)
@@ -1226,8 +1229,7 @@ def plain_attention(q, k, v, is_causal):
 
 class FewRows(nn.Linear):
     """nn.Linear that takes up to 15 rows of float32, as in sampling, through one bmm over blocks of 64
-    outputs: one large product is slow on AMD (x 1.58). On Intel one row takes longer (x 0.93), five less
-    (x 1.30)."""
+    outputs: one large product is slow on AMD (x 1.58). On Intel one row is x 0.93, five rows are x 1.30."""
 
     def forward(self, x):
         W, rows = self.weight, x.reshape(-1, self.in_features)
