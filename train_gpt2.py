@@ -287,17 +287,19 @@ class GPT(nn.Module):
         sd = {k: w.cpu() for k, w in self.state_dict().items()}  # a GPU may be full
         sd = {k: w.t().contiguous() if k.endswith(self.CONV1D) else w for k, w in sd.items()}
         sd["transformer.wte.weight"] = sd.pop("lm_head.weight")[:self.n_tokens]  # without padding
+        files = {"config.json": json.dumps(config, indent=2)}
+        if self.n_tokens >= N_TOKENS and VOCABULARY:  # the two files of section 3, if installed
+            from tokenizers import ByteLevelBPETokenizer
+            merges, vocab = VOCABULARY
+            tokenizer = ByteLevelBPETokenizer(str(vocab), str(merges))
+            tokenizer.add_special_tokens([EOT_TEXT])
+            files |= {"merges.txt": merges.read_text("utf-8"), "vocab.json": vocab.read_text("utf-8"),
+                      "tokenizer.json": tokenizer.to_str(),
+                      "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'}
         with explain(f"cannot write the model to {folder}"):
-            with atomic_write(folder / "config.json") as tmp:
-                tmp.write_text(json.dumps(config, indent=2))
-            if self.n_tokens >= N_TOKENS and VOCABULARY:  # the two files of section 3, if installed
-                from tokenizers import ByteLevelBPETokenizer
-                merges, vocab = map(str, VOCABULARY)
-                tokenizer = ByteLevelBPETokenizer(vocab, merges)
-                tokenizer.add_special_tokens([EOT_TEXT])
-                tokenizer.save_model(str(folder))  # vocab.json, merges.txt
-                tokenizer.save(str(folder / "tokenizer.json"))
-                (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+            for name, text in files.items():
+                with atomic_write(folder / name) as tmp:
+                    tmp.write_text(text, "utf-8")
             with atomic_write(folder / "model.safetensors") as tmp:
                 save_file(sd, tmp, {"format": "pt"})
                 shutil.copymode(folder / "config.json", tmp)  # save_file lets only its owner read it
