@@ -794,6 +794,16 @@ def test_an_overflow_of_float16_skips_the_update_and_the_run_goes_on(text, tmp_p
     assert ckpt["step"] == 30 and ckpt["scaler"]["scale"] < 2.0**40 and ckpt["log"][30, "val"][0] < ckpt["log"][0, "val"][0]
 
 
+@pytest.mark.parametrize("scale, code", [(1.0, 0), (0.5, 1)])
+def test_in_float16_a_norm_that_is_not_finite_is_a_divergence_once_the_scale_is_below_1(text, tmp_path, monkeypatch, capsys, scale, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=scale))
+    step = train_gpt2.optimizer_step
+    monkeypatch.setattr(train_gpt2, "optimizer_step", lambda *args: (step(*args)[0], torch.tensor(torch.inf)))
+    assert exit_code(*TINY_RUN, "--data", text, "--dtype=float16", "--num_samples=0") == code
+    assert ("step 1: the loss or the gradient's norm is not finite" in capsys.readouterr().err) == (code == 1)
+
+
 def test_hellaswag_alone_is_scored_in_float32(hf_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hf_model(vocab_size=50257, n_positions=64).bfloat16().save_pretrained("model")

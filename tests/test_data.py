@@ -196,6 +196,11 @@ def test_a_folder_of_texts_is_one_text(tmp_path, capsys):
     assert f"reading {folder}: 2 .txt, 2 other files are not read" in capsys.readouterr().out
 
 
+def test_a_folder_of_ndjson_is_one_of_documents(tmp_path):
+    folder = folder_of(tmp_path / "texts", a__ndjson='{"text": "to be or not"}\n' * 30, b__txt="no " * 30)
+    assert both(folder) == get_tokenizer().encode("<|endoftext|>to be or not" * 30, allowed_special="all")
+
+
 def test_what_a_folder_holds_besides_is_counted(tmp_path, capsys):
     text = "some words " * 30
     folder = folder_of(tmp_path / "notes", a__md=text, b__md=text, c__md=text, requirements__txt=text)
