@@ -797,7 +797,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
         if is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
         x, y = x.to(device, non_blocking=is_cuda), y.to(device, non_blocking=is_cuda)
-        # DDP averages gradients in backward; only a step's last one needs to. Set before forward reads it.
+        # DDP averages gradients in backward; only a step's last needs to. To be set before forward, which reads it.
         if isinstance(model, DDP):
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
@@ -877,7 +877,7 @@ def save_run(step, is_end, model, optimizers, scaler, loader, cfg, log):
                 optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
             with atomic_write(out_dir / "ckpt.pt") as tmp:
                 torch.save(ckpt, tmp)
-        if step == 1 or is_end or any(k == step for k, _ in log):  # 1: step 0's
+        if step == 1 or is_end or any(k == step for k, _ in log):  # step 1 writes step 0's
             lines = [f"{k} {stream} {value:.6f}\n" for (k, stream), (value, _) in log.items()]
             with atomic_write(out_dir / "log.txt") as tmp:  # in full: the old one may be ahead of ckpt.pt
                 tmp.write_text("".join(lines))
@@ -1095,7 +1095,7 @@ def read_flags(argv):
             numbers = ADAMW | numbers
     defaults = TrainConfig(**numbers)
     # T may exceed the model's context: halved, it still divides total_batch_size.
-    while defaults.sequence_length > max(1, defaults.block_size):  # max: 0 would never end
+    while defaults.sequence_length > max(1, defaults.block_size):  # max: with 0 it would never end
         defaults.sequence_length //= 2
 
     cfg = parse(args=argv, default=defaults)

@@ -182,7 +182,7 @@ def test_a_second_signal_stops_at_once(start, tmp_path):
 
 def test_killed_at_random_moments(start, tmp_path, monkeypatch):
     log, rng, steps = tmp_path / "log" / "log.txt", random.Random(0), []
-    for n in range(4):
+    for n in range(6):
         process = start(*(["--init_from=resume"] if n else []))
         seen = log.read_text().splitlines() if n else []
         wait_for_steps(log, len(seen) + 2 if n else 3)
