@@ -797,7 +797,7 @@ def optimizer_step(model, loader, optimizers, scaler, autocast, device, lr, cfg,
         if is_cuda:
             x, y = x.pin_memory(), y.pin_memory()  # else the copy blocks
         x, y = x.to(device, non_blocking=is_cuda), y.to(device, non_blocking=is_cuda)
-        # DDP averages gradients in backward; only a step's last needs to. To be set before forward, which reads it.
+        # DDP averages gradients in backward; only a step's last needs to. forward reads the flag.
         if isinstance(model, DDP):
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with autocast:
